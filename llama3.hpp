@@ -1,0 +1,4699 @@
+// llama3.hpp: Llama 3, 3.1, 3.2 and 3.3 text models in one C++20 header. MIT licence, at the end of the file.
+//
+// What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AVX-512, AVX-VNNI,
+// AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else; with -fopenmp it
+// runs on OpenMP, without on a small team of std::threads. The models are .l3 files made by convert/convert.py.
+//
+// A whole program:
+//
+//     #define LLAMA3_IMPLEMENTATION          // in exactly one source file; elsewhere only the #include
+//     #include "llama3.hpp"
+//     #include <iostream>
+//
+//     int main(int argc, char** argv) {
+//         llama3::Chat chat(llama3::Model::load(argc > 1 ? argv[1] : "examples/demo/demo.l3"));
+//         chat.say("Tell me a story.", [](std::string_view text) {
+//             std::cout << text << std::flush;
+//             return true;  // false ends the answer
+//         });
+//     }
+//
+// Build it with: g++ -std=c++20 -O2 -fopenmp program.cpp          No -m flag is needed, and none changes a result.
+//
+// Routes through this file
+//     use it (5 minutes)                     §1
+//     understand Llama 3 (40 minutes)        §3, §4, §5, then §6 and §7
+//     make it fast                           §8 to §12
+//     port it to another device              §2, §3, §12, then kernels.cuh
+//     split it over several devices          §13
+//
+// Contents (each line is also a banner in the code: search for it)
+//
+//   Part I    What you call
+//     §1  Public API                          model, session, sampler, tokenizer, chat, errors
+//     §2  Data                                configuration, formats, matrices, the key/value cache, batches
+//     §3  Stages, back ends, communicators    the verbs of a forward pass, and the seams for new devices
+//   Part II   What Llama 3 computes
+//     §4  The forward pass                    the paper, on one screen
+//     §5  The stages as plain loops           RMSNorm, RoPE, grouped-query attention, SwiGLU: the specification
+//     §6  Tokenizer                           text to ids
+//     §7  Sampling, chat and generation       ids to text
+//   Part III  How to make it fast
+//     §8  Number formats                      f32, bf16, q8, q4: what a value is and how it is stored
+//     §9  CPU kernels                         written once, compiled once per instruction set
+//     §10 Choosing the instruction set        at run time, best first
+//     §11 Threads                             OpenMP, or a team of std::threads
+//     §12 The CPU back end                    the stages with threads and kernels
+//     §13 Ranks                               one model split over several devices
+//   Part IV   Plumbing
+//     §14 Model files                         map, parse, validate, write
+//     §15 Platform                            memory mapping, CPU features, Unicode classes
+//
+// Shape letters, used in every comment: T tokens in this call, D model width, H query heads, K key/value heads, E head width,
+// F feed-forward width, V vocabulary, P positions in the cache, R ranks. Arrays are row-major, the last index runs fastest.
+
+#ifndef LLAMA3_HPP
+#define LLAMA3_HPP
+
+#define LLAMA3_VERSION_MAJOR 0
+#define LLAMA3_VERSION_MINOR 1
+#define LLAMA3_VERSION_PATCH 0
+#define LLAMA3_VERSION "0.1.0"
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace llama3 {
+
+// ═══ Part I: What you call ═════════════════════════════════════════════════════════════════════════════════════════════════════
+
+// ═══ §1  Public API ════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// A Model is a loaded file: immutable, cheap to copy, shared by any number of threads. A Session is one sequence of tokens with its
+// key/value cache: it belongs to one thread at a time. A Chat is a Session that speaks the chat format. Everything that can fail
+// throws Error and leaves its object as it was before the call. The library never prints, exits or keeps global state.
+
+struct Config;
+struct Weights;
+class Device;
+class Backend;
+class KVCache;
+
+enum class Code {
+    argument,    // a value the caller passed is out of range
+    file,        // a file cannot be opened or read
+    format,      // a file is not what it should be: foreign, truncated, of another version, inconsistent
+    checksum,    // a file's bytes have changed since it was written
+    memory,      // not enough memory; nothing was kept
+    context,     // the tokens do not fit into the context
+    cancelled,   // Session::cancel() was called; the session is where it was before the call
+    device,      // a device or an instruction set is missing or failed
+};
+
+// what() reads `where: what is wrong (found X, expected Y). What to do.`
+class Error : public std::runtime_error {
+public:
+    Error(Code code, const std::string& message) : std::runtime_error(message), code_(code) {}
+    Code code() const noexcept { return code_; }
+
+private:
+    Code code_;
+};
+
+// How values are stored, in weights and in the key/value cache (§8).
+enum class Format : std::uint32_t { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
+const char* format_name(Format format);         // "f32", "bf16", "q8", "q4"
+Format format_from_name(std::string_view name);  // throws Error with the list of names
+
+// Text to token ids and back (§6). Immutable and thread-safe; references into its Model, whose lifetime it shares.
+class Tokenizer {
+public:
+    enum class Special { as_text, parse };  // is "<|eot_id|>" in a text seven ordinary tokens, or the special one?
+
+    // Ids of a UTF-8 text; adds nothing in front. Each maximal invalid part of the text counts as U+FFFD. Linear in the text's length.
+    std::vector<int> encode(std::string_view text, Special special = Special::as_text) const;
+    // The bytes of the tokens, one after the other; special tokens appear by name. The result is UTF-8 if the tokens' bytes are.
+    std::string decode(std::span<const int> ids) const;
+
+    std::string_view bytes(int id) const;          // what one token stands for; for a special token its name
+    bool is_special(int id) const;
+    int special(std::string_view name) const;      // id of "<|eot_id|>" and the like; -1 where the model has none
+    int begin_token() const;                       // <|begin_of_text|>
+    bool is_end(int id) const;                     // does this token end an answer?
+    std::span<const int> end_tokens() const;
+    int rank_count() const;                        // ordinary tokens: ids 0 to rank_count() - 1
+    int vocab_size() const;                        // V
+
+    struct Impl;
+    explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
+private:
+    std::shared_ptr<const Impl> impl_;
+};
+
+// Turns a stream of tokens into text that is always whole UTF-8 characters. Special tokens give no text. One thread at a time.
+class TextStream {
+public:
+    explicit TextStream(Tokenizer tokenizer) : tokenizer_(std::move(tokenizer)) {}
+    std::string push(int id);  // the characters that this token completes, possibly none; invalid bytes become U+FFFD
+    std::string finish();      // what is left at the end: U+FFFD if a character was cut, else nothing
+
+private:
+    Tokenizer tokenizer_;
+    std::string pending_;      // an incomplete character, at most 3 bytes
+};
+
+struct Options;
+struct MemoryPlan {
+    std::uint64_t weights_bytes = 0;      // in the file, mapped
+    std::uint64_t cache_bytes = 0;        // key/value cache of one session
+    std::uint64_t activations_bytes = 0;  // buffers of one session
+};
+
+// A tensor of a model file, in the file's order. Dimensions 1: plain f32 values [columns]; 2: a matrix in panels (§2).
+struct TensorInfo {
+    std::string name;              // "layers.0.query", see convert/FORMAT.md
+    Format format = Format::f32;
+    int dimensions = 0;
+    int rows = 0;
+    int columns = 0;
+    int segments = 1;
+    std::uint64_t offset = 0;      // in the file or image
+    std::uint64_t bytes = 0;
+    std::uint64_t checksum = 0;    // BLAKE2b-64, as the file states it
+};
+
+class Model {
+public:
+    enum class Loading {
+        map,   // the file's pages are shared and read on first use; a file truncated meanwhile raises SIGBUS on any system
+        read,  // all of it is read into memory now; the file may then change or vanish
+    };
+    static Model load(const std::string& path, Loading loading = Loading::map);
+    // A model in memory, aligned to 64 bytes; it must stay there as long as owner (or, without one, any copy of the Model) lives.
+    static Model from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner = nullptr);
+    // Random weights in the shape of config: for tests and benchmarks. Matrices in `format`, normalised so that activations stay small.
+    static Model synthetic(const Config& config, Format format, std::uint64_t seed = 1);
+
+    const Config& config() const;
+    const Tokenizer& tokenizer() const;
+    const Weights& weights() const;
+    std::string describe() const;                       // a few lines for people
+    std::string provenance() const;                     // lines of `key: value`
+    std::vector<TensorInfo> tensors() const;            // as the file lists them
+    void verify() const;                                // all checksums; throws Error(checksum) naming the first tensor that differs
+    MemoryPlan plan(const Options& options) const;      // before anything is allocated
+
+    struct Impl;
+    explicit Model(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+    const Impl& impl() const { return *impl_; }
+
+private:
+    std::shared_ptr<const Impl> impl_;
+};
+
+std::shared_ptr<Device> cpu();                                     // this machine's processor
+std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh, which must be linked in
+
+struct Options {
+    std::shared_ptr<Device> device;   // nullptr: cpu()
+    int context = 0;                  // positions in the cache; 0: the model's, at most 8192
+    Format kv = Format::bf16;         // format of the cache: f32, bf16 or q8
+    int threads = 0;                  // CPU threads; 0: as many as the machine gives this process
+    int ranks = 1;                    // devices that share each matrix (§13)
+    int chunk = 512;                  // tokens per step of a long prompt
+    std::string isa;                  // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
+};
+
+// One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together.
+class Session {
+public:
+    explicit Session(Model model, const Options& options = {});
+    ~Session();
+    Session(Session&&) noexcept;
+    Session& operator=(Session&&) noexcept;
+
+    // Runs the tokens after those already there and returns the logits [V] that follow the last one, valid until the next call.
+    std::span<const float> feed(std::span<const int> tokens);
+    // The same, with the logits of every token: each(index of the token in `tokens`, logits [V]).
+    void feed(std::span<const int> tokens, const std::function<void(int, std::span<const float>)>& each);
+    // One token for each of several sessions of one model, device and thread count, in one pass; then read each one's logits().
+    static void feed_together(std::span<Session* const> sessions, std::span<const int> tokens);
+
+    std::span<const float> logits() const;    // of the last token fed, [V]; empty before the first
+    std::span<const int> tokens() const;      // all that are in the cache
+    int position() const;                     // their number
+    int context() const;                      // how many fit
+    const Model& model() const;
+    void rewind(int position);                // forgets the tokens from `position` on; logits() is then empty
+    void cancel() noexcept;                   // from any thread: a running feed() stops within one stage with Error(cancelled)
+    bool cancelled() const noexcept;          // a cancel() is waiting for the next feed() or generate(), which consumes it
+    void reset_cancel() noexcept;
+
+    struct Impl;
+
+private:
+    std::unique_ptr<Impl> impl_;
+};
+
+// Temperature 0 takes the most likely token (the lowest id of equals). Filters act in this order: repetition penalty,
+// temperature, top-k, top-p (the nucleus of Meta's reference: the token that crosses the threshold stays), min-p.
+struct Sampling {
+    float temperature = 0.6f;
+    float top_p = 0.9f;            // 1: off
+    float min_p = 0;               // keeps tokens at least this share as likely as the best; 0: off
+    int top_k = 0;                 // 0: off
+    float repeat_penalty = 1;      // 1: off; divides positive and multiplies negative logits of recent tokens
+    int repeat_last = 64;          // how many tokens are recent
+    std::uint64_t seed = 1;
+};
+
+// Same seed, same logits: same tokens, on every platform. One thread at a time.
+class Sampler {
+public:
+    explicit Sampler(const Sampling& sampling = {});
+    int sample(std::span<const float> logits, std::span<const int> history = {});
+    const Sampling& sampling() const { return sampling_; }
+
+private:
+    Sampling sampling_;
+    std::uint64_t state_;
+    std::vector<std::pair<float, int>> candidates_;  // (probability, id), kept between calls to save allocations
+    std::vector<float> penalised_;
+};
+
+float log_probability(std::span<const float> logits, int token);  // natural logarithm, of the untempered logits
+
+struct Generated {
+    int token;
+    std::string_view text;     // the characters it completes
+    std::span<const float> logits;  // the row it was drawn from, [V]
+};
+enum class Finish { end_token, length, context, cancelled, stopped };  // stopped: the callback returned false
+
+struct GenerateOptions {
+    int max_tokens = -1;       // -1: until the context is full
+    bool ignore_end = false;   // go on after end tokens
+};
+// Feeds the prompt, then draws tokens until one of Finish. The callback sees each token before it is fed, the end token too (its text
+// is empty). Every token that was drawn is fed, so the session continues where the text ends; only the last one of a full context is not.
+Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler, const GenerateOptions& options,
+                const std::function<bool(const Generated&)>& on_token);
+
+enum class ChatFormat : std::uint32_t { none = 0, llama3 = 1, llama3_1 = 2, llama3_2 = 3 };
+
+struct Message {
+    std::string role;             // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython)
+    std::string content;
+    bool python_tag = false;      // assistant: starts with <|python_tag|>, a call of a built-in tool or of the interpreter
+    bool end_of_message = false;  // ends with <|eom_id|>: waits for a tool's result; else <|eot_id|>
+};
+
+struct ChatStyle {
+    enum class Kind { reference, hf } kind = Kind::reference;  // Meta's code, or the templates of the Hugging Face releases
+    std::string date;                  // hf: "26 Jul 2024" unless given
+    std::vector<std::string> tools;    // hf: JSON of each tool exactly as it shall appear (indented by 4), shown in the first user message
+};
+// Token ids of a conversation, begin-of-text in front, ending with the header of the assistant's answer if `answer`.
+// Roles and contents are ordinary text: nothing in them becomes a special token. Throws Error for a model without a chat format.
+std::vector<int> render_chat(const Model& model, std::span<const Message> messages, const ChatStyle& style = {}, bool answer = true);
+
+struct ChatOptions {
+    std::string system;           // system message; empty: none
+    ChatStyle style;
+    int max_tokens = -1;          // per answer; -1: no limit but the context
+    enum class Overflow { error, restart } overflow = Overflow::restart;  // restart: keep the system message and the latest turns that fit
+};
+
+// A conversation. The cache is kept between turns: only what is new is computed.
+class Chat {
+public:
+    explicit Chat(Model model, const ChatOptions& chat = {}, const Sampling& sampling = {}, const Options& options = {});
+    // Adds the user's message, streams the answer (whole characters) and returns it. If the callback returns false or the session is
+    // cancelled, the answer ends there and the conversation goes on from it.
+    std::string say(std::string_view text, const std::function<bool(std::string_view)>& on_text = {});
+    // The same with any message, for instance a tool's result: {"ipython", "{\"result\": 7}"}.
+    std::string say(Message message, const std::function<bool(std::string_view)>& on_text = {});
+
+    const std::vector<Message>& messages() const { return messages_; }
+    Finish finish() const { return finish_; }   // how the last answer ended
+    int restarts() const { return restarts_; }  // how often the context was full and older turns were dropped
+    Session& session() { return session_; }
+    void clear();                               // a new conversation with the same system message
+
+private:
+    Session session_;
+    ChatOptions options_;
+    Sampler sampler_;
+    std::vector<Message> messages_;
+    Finish finish_ = Finish::end_token;
+    int restarts_ = 0;
+};
+
+// ═══ §2  Data ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// The nouns of the forward pass. A new back end (kernels.cuh is one) needs this section and the next, no more.
+
+struct Config {
+    int n_layers = 0;              // L
+    int dim = 0;                   // D
+    int n_heads = 0;               // H
+    int n_kv_heads = 0;            // K, divides H: H / K query heads share a key/value head
+    int head_dim = 0;              // E, even
+    int ffn_dim = 0;               // F
+    int vocab_size = 0;            // V
+    int context_length = 0;        // that the model was made for
+    float norm_eps = 1e-5f;
+    float rope_theta = 500000;
+    float rope_factor = 1;         // 1: no scaling; 8: Llama 3.1 and 3.3; 32: Llama 3.2
+    float rope_low_freq_factor = 1;
+    float rope_high_freq_factor = 1;
+    int rope_original_context = 0;
+    ChatFormat chat_format = ChatFormat::none;
+    bool tied_embedding = false;   // the output matrix is the embedding table
+    int attention_out_segments = 1;
+    int down_segments = 1;
+    int begin_token = 0;
+    std::vector<int> end_tokens;   // at most 8
+};
+
+// Formats: X(name, columns per unit, bytes per unit of a panel). See convert/FORMAT.md, section 5.
+#define LLAMA3_FORMATS(X) \
+    X(f32, 1, 64)         \
+    X(bf16, 2, 64)        \
+    X(q8, 64, 1088)       \
+    X(q4, 64, 576)
+
+inline constexpr int panel_rows = 16;            // output rows per panel: one lane each
+inline constexpr int block_columns = 32;         // q8, q4: columns that share a scale
+inline constexpr int attention_segment = 512;    // positions per softmax segment
+inline constexpr int max_segments = 8;           // of attention_out and down
+
+constexpr int unit_columns(Format format) {
+#define LLAMA3_X(name, columns, bytes) format == Format::name ? columns :
+    return LLAMA3_FORMATS(LLAMA3_X) 0;
+#undef LLAMA3_X
+}
+constexpr std::size_t unit_bytes(Format format) {
+#define LLAMA3_X(name, columns, bytes) format == Format::name ? bytes :
+    return LLAMA3_FORMATS(LLAMA3_X) 0;
+#undef LLAMA3_X
+}
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Activations: rows of float32 in the memory of the back end. Rows are padded with zeros to a multiple of 64 columns.
+struct Tensor {
+    float* data = nullptr;
+    int rows = 0;
+    int columns = 0;
+    std::size_t stride = 0;  // elements from row to row
+    float* row(int i) const { return data + static_cast<std::size_t>(i) * stride; }
+};
+
+// A weight matrix W [rows, columns], y = W x, in panels of 16 rows. A view: owns nothing.
+// Rows can be sliced at panels; columns at segments, which leaves gaps between the panels: hence panel_stride.
+struct Matrix {
+    Format format = Format::f32;
+    const std::byte* data = nullptr;  // first unit of the first panel
+    int rows = 0;
+    int columns = 0;
+    int segments = 1;                 // equal parts of the columns, summed by a fixed tree
+    std::size_t panel_stride = 0;     // bytes from panel to panel
+    int panels() const { return (rows + panel_rows - 1) / panel_rows; }
+    int units() const { return (columns + unit_columns(format) - 1) / unit_columns(format); }
+    const std::byte* panel(int i) const { return data + static_cast<std::size_t>(i) * panel_stride; }
+};
+
+struct Layer {
+    int index = 0;
+    const float* attention_norm = nullptr;  // [D]
+    Matrix query;                           // [H*E, D], rows 2i and 2i+1 of a head are a RoPE pair
+    Matrix key;                             // [K*E, D], likewise
+    Matrix value;                           // [K*E, D]
+    Matrix attention_out;                   // [D, H*E]
+    const float* ffn_norm = nullptr;        // [D]
+    Matrix gate;                            // [F, D]
+    Matrix up;                              // [F, D]
+    Matrix down;                            // [D, F]
+};
+
+struct Weights {
+    Matrix embedding;                       // [V, D]
+    std::vector<Layer> layers;              // L
+    const float* final_norm = nullptr;      // [D]
+    Matrix output;                          // [V, D]; the embedding again if tied
+};
+
+// Keys and values of one sequence, in the memory of the back end that made it. Positions 0 to capacity() - 1; which of them hold
+// tokens is the Session's affair. The rows of a batch that share a cache must have increasing positions.
+class KVCache {
+public:
+    virtual ~KVCache() = default;
+    virtual int capacity() const = 0;
+};
+
+// One token of a forward pass. Prefill is many rows of one cache, decode one row, batched serving rows of several caches.
+struct Row {
+    int token;
+    int position;
+    KVCache* cache;
+    bool wants_logits;
+};
+
+struct Batch {
+    std::span<const Row> rows;  // T
+    int size() const { return static_cast<int>(rows.size()); }
+};
+
+// The buffers between the stages, T rows each.
+struct Activations {
+    Tensor x;       // [T, D]      the residual stream
+    Tensor query;   // [T, H*E]
+    Tensor mixed;   // [T, H*E]    attention's mix of the values
+    Tensor hidden;  // [T, F]      gated
+    Tensor logits;  // [rows that want logits, V]
+};
+
+// ═══ §3  Stages, back ends, communicators ══════════════════════════════════════════════════════════════════════════════════════
+//
+// A stage is one line of the paper and one barrier (or launch). §5 implements the stages as plain loops, §12 with threads and
+// vector kernels, kernels.cuh on GPUs, always in this order. W h stands for a matrix product, ⊙ for the elementwise one.
+
+class Stages {
+public:
+    virtual ~Stages() = default;
+
+    // x[t] = table[token[t]]                                                   x: [T, D]
+    virtual void embed(Tensor x, const Matrix& table, const Batch& batch) = 0;
+
+    // h = RMSNorm(x);  query = RoPE(W_q h);  the cache gets RoPE(W_k h) and W_v h       query: [T, H*E], x: [T, D]
+    virtual void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) = 0;
+
+    // mixed[t, head] = softmax(query · keysᵀ / √E) values, over positions 0 to position[t]     mixed, query: [T, H*E]
+    virtual void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) = 0;
+
+    // x += Σ over ranks of W_o mixed                                           x: [T, D], mixed: [T, H*E]
+    virtual void project_out(Tensor x, Tensor mixed, const Layer& layer) = 0;
+
+    // h = RMSNorm(x);  hidden = SiLU(W_gate h) ⊙ (W_up h)                       hidden: [T, F], x: [T, D]
+    virtual void gate_up(Tensor hidden, Tensor x, const Layer& layer) = 0;
+
+    // x += Σ over ranks of W_down hidden                                       x: [T, D], hidden: [T, F]
+    virtual void down(Tensor x, Tensor hidden, const Layer& layer) = 0;
+
+    // logits = W_out RMSNorm(x), for the rows that want them                   logits: [rows, V], x: [T, D]
+    virtual void logits(Tensor logits, Tensor x, const Weights& weights, const Batch& batch) = 0;
+};
+
+// §4. Every device, batch and rank runs this one function.
+void forward(Stages& stages, const Weights& weights, const Activations& activations, const Batch& batch);
+
+// What a Session needs of a device: caches, and one forward pass per call. One thread at a time.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    virtual std::unique_ptr<KVCache> make_cache() = 0;
+    virtual int max_rows() const = 0;  // the largest batch that step() takes
+    // Runs forward() over the batch. Afterwards logits(i) is the row of the i-th token that wanted logits, in host memory, until the
+    // next step. Returns false if *cancel became true meanwhile (the caches' new positions are then undefined).
+    virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
+    virtual std::span<const float> logits(int i) const = 0;
+    virtual std::string describe() const = 0;  // instruction set or device, threads, memory
+};
+
+class Device {
+public:
+    virtual ~Device() = default;
+    virtual std::unique_ptr<Backend> open(const Model& model, const Options& options) = 0;
+    virtual std::uint64_t cache_bytes(const Config& config, const Options& options) const = 0;
+    virtual std::uint64_t activations_bytes(const Config& config, const Options& options) const = 0;
+};
+
+// The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
+std::shared_ptr<Device> reference();
+
+// How ranks meet (§13): in the sum at the end of project_out and of down, and when logits are gathered.
+class Communicator {
+public:
+    virtual ~Communicator() = default;
+    virtual int rank() const = 0;
+    virtual int ranks() const = 0;
+    // values[i] = the sum over the ranks in a fixed binary tree: the same bits for every number of ranks up to the segments
+    virtual void all_reduce_sum(std::span<float> values) = 0;
+    // every rank's part, in order of rank, into whole
+    virtual void gather(std::span<const float> part, std::span<float> whole) = 0;
+    virtual void barrier() = 0;
+};
+
+}  // namespace llama3
+
+#endif  // LLAMA3_HPP
+
+#ifdef LLAMA3_IMPLEMENTATION
+
+#ifdef __FAST_MATH__
+#error "llama3.hpp: compile the file that defines LLAMA3_IMPLEMENTATION without -ffast-math (-Ofast): results would change."
+#endif
+
+#ifndef LLAMA3_KERNELS  // the header includes itself once per instruction set: then only §9 is read
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(_WIN32)
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// The order of arithmetic is part of the specification (bits are equal across compilers and flags), so a compiler must not fuse
+// a product and a sum that the text keeps apart. Every fused multiply-add that is wanted is written as one.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+namespace llama3 {
+namespace detail {
+
+// `where: what is wrong (found X, expected Y). What to do.`
+[[noreturn]] inline void fail(Code code, const std::string& where, const std::string& what, const std::string& to_do) {
+    throw Error(code, where + ": " + what + ". " + to_do + ".");
+}
+
+// fma(a, b, c) = a b + c, rounded once. Where the processor may lack the instruction it is made of exact steps in double: the
+// product of two floats is exact there; the sum is rounded to odd (its error is known, by Knuth's two-sum), so that the
+// final rounding to float is the only one (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+inline float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    const double product = static_cast<double>(a) * static_cast<double>(b);
+    const double addend = static_cast<double>(c);
+    const double sum = product + addend;
+    const double part = sum - product;
+    const double error = (product - (sum - part)) + (addend - part);
+    std::uint64_t bits = std::bit_cast<std::uint64_t>(sum);
+    const bool inexact = error != 0 && error == error;  // error is NaN where sum is not finite
+    const bool away = (error > 0) == (sum > 0);
+    const std::uint64_t odd = away ? bits + 1 : bits - 1;
+    bits = inexact && (bits & 1) == 0 ? odd : bits;
+    return static_cast<float>(std::bit_cast<double>(bits));
+#endif
+}
+
+// e^x, within 2 units in the last place: x = n ln 2 + r with |r| <= ln(2) / 2, then Taylor's series to r^7 by Horner's rule.
+// No library function decides a result: std::exp differs from platform to platform. Below -87.3 the result is 0.
+inline float exp(float x) {
+    constexpr float log2_e = 1.44269504088896341f;
+    constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
+    constexpr float round = 12582912.0f;                                  // 1.5 * 2^23: adding it rounds to an integer
+    if (!(x <= 88.72f)) return x == x ? std::numeric_limits<float>::infinity() : x;
+    if (x < -87.33f) return 0;
+    const float n = fma(x, log2_e, round) - round;
+    const float r = fma(n, -ln2_low, fma(n, -ln2_high, x));
+    float p = 1.0f / 5040;
+    p = fma(p, r, 1.0f / 720);
+    p = fma(p, r, 1.0f / 120);
+    p = fma(p, r, 1.0f / 24);
+    p = fma(p, r, 1.0f / 6);
+    p = fma(p, r, 0.5f);
+    p = fma(p, r, 1.0f);
+    p = fma(p, r, 1.0f);
+    const int exponent = static_cast<int>(n);  // -126 to 128; 2^128 is no float: scale in two steps
+    const int half = exponent >> 1;
+    return p * std::bit_cast<float>((127 + half) << 23) * std::bit_cast<float>((127 + exponent - half) << 23);
+}
+
+// Sums that are not chains run over 16 lanes (element i goes to lane i mod 16), joined by this tree.
+inline float sum_lanes(const float* lanes) {
+    float sums[16];
+    std::copy(lanes, lanes + 16, sums);
+    for (int half = 8; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+    return sums[0];
+}
+
+// Natural logarithm in double, for x > 0: x = 2^n m with m in [√½, √2), log m = 2 atanh((m - 1) / (m + 1)) by its series.
+inline double log(double x) {
+    std::uint64_t bits = std::bit_cast<std::uint64_t>(x);
+    int n = static_cast<int>(bits >> 52) - 1023;
+    double m = std::bit_cast<double>((bits & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    if (m > 1.4142135623730951) m *= 0.5, ++n;
+    const double s = (m - 1) / (m + 1), s2 = s * s;
+    double series = 0;
+    for (int k = 25; k >= 1; k -= 2) series = series * s2 + 1.0 / k;
+    return n * 0.6931471805599453 + 2 * s * series;
+}
+
+// e^x in double, for |x| < 700.
+inline double exp64(double x) {
+    const double n = static_cast<double>(static_cast<long long>(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5)));
+    const double r = (x - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10;
+    double series = 1;
+    for (int k = 17; k >= 1; --k) series = series * r / k + 1;
+    return series * std::bit_cast<double>(static_cast<std::uint64_t>(1023 + static_cast<long long>(n)) << 52);
+}
+
+// cos and sin of an angle up to 2^17 or so, in double: quarter turns are taken off in two parts (the first has 33 bits, so that its
+// product with their number is exact), then Taylor's series on [-π/4, π/4].
+inline void cos_sin(double angle, double& cosine, double& sine) {
+    const double n = static_cast<double>(static_cast<long long>(angle * 0.63661977236758134 + (angle < 0 ? -0.5 : 0.5)));
+    const double r = (angle - n * 1.57079632673412561417) - n * 6.07710050650619224932e-11;
+    const double r2 = r * r;
+    double c = 1, s = 1;
+    for (int k = 18; k >= 2; k -= 2) c = 1 - c * r2 / (k * (k - 1));
+    for (int k = 19; k >= 3; k -= 2) s = 1 - s * r2 / (k * (k - 1));
+    s *= r;
+    switch (static_cast<long long>(n) & 3) {
+        case 0: cosine = c, sine = s; break;
+        case 1: cosine = -s, sine = c; break;
+        case 2: cosine = -c, sine = -s; break;
+        default: cosine = s, sine = -c; break;
+    }
+}
+
+}  // namespace detail
+}  // namespace llama3
+
+#include <cerrno>
+#include <system_error>
+#include <type_traits>
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <cpuid.h>
+#elif defined(_M_X64)
+#include <intrin.h>
+#endif
+
+// What the sections before §15 use of it: defined there.
+namespace llama3 {
+namespace detail {
+
+// Zeroed memory, aligned to 64 bytes. Large buffers come from the system page by page, so what is never touched costs nothing;
+// `dense` says that all of it will be touched: then larger pages are asked for, which are faster to get and to walk.
+class AlignedBuffer {
+public:
+    AlignedBuffer() = default;
+    explicit AlignedBuffer(std::size_t bytes, bool dense = false);  // throws Error(memory)
+    ~AlignedBuffer();
+    AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
+        std::swap(data_, other.data_), std::swap(size_, other.size_);
+        return *this;
+    }
+    std::byte* data() const { return data_; }
+    std::size_t size() const { return size_; }
+
+private:
+    std::byte* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+// A whole file, mapped read-only and shared.
+class FileMapping {
+public:
+    explicit FileMapping(const std::string& path);  // throws Error(file)
+    ~FileMapping();
+    FileMapping(const FileMapping&) = delete;
+    FileMapping& operator=(const FileMapping&) = delete;
+    std::span<const std::byte> bytes() const { return {data_, size_}; }
+
+private:
+    const std::byte* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+AlignedBuffer read_file(const std::string& path);  // throws Error(file), Error(memory)
+
+// The default modes (round to nearest, denormals kept, nothing trapped) while it lives; then the caller's again.
+class FloatEnvironment {
+public:
+    FloatEnvironment() noexcept;
+    ~FloatEnvironment();
+    FloatEnvironment(const FloatEnvironment&) = delete;
+    FloatEnvironment& operator=(const FloatEnvironment&) = delete;
+
+private:
+    std::uint64_t saved_ = 0;
+};
+
+// What the processor has and the operating system saves. All false where there is no such thing.
+struct CpuFeatures {
+    bool avx2_fma_f16c = false;
+    bool avx_vnni = false;
+    bool avx512 = false;       // F, BW, DQ, VL
+    bool avx512_vnni = false;  // together with avx512
+    bool avx512_bf16 = false;  // likewise
+};
+CpuFeatures cpu_features();
+int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
+std::string environment(const char* name);  // a variable of the environment; empty where it is not set
+
+std::span<const std::uint32_t> unicode_classes();  // runs of code points, ascending: first code point << 2 | class (§6)
+
+}  // namespace detail
+}  // namespace llama3
+
+// ═══ Part II: What Llama 3 computes ════════════════════════════════════════════════════════════════════════════════════════════
+
+// ═══ §4  The forward pass ══════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// "The Llama 3 Herd of Models" (Meta, 2024), section 3.2: a pre-norm transformer with grouped-query attention and SwiGLU. One text
+// for prefill, decode, several sequences at once, every device and every rank. What a line means is in §3, how it is computed in
+// §5 (plainly) and §12 (fast). Weights and activations are of one rank; ranks meet inside project_out, down and logits.
+
+namespace llama3 {
+
+void forward(Stages& stages, const Weights& weights, const Activations& a, const Batch& batch) {
+    stages.embed(a.x, weights.embedding, batch);                 // x = table[token]                     [T, D]
+    for (const Layer& layer : weights.layers) {
+        // x = x + W_o Attention(RoPE(W_q h), RoPE(W_k h), W_v h),   h = RMSNorm(x)
+        stages.project_qkv(a.query, a.x, layer, batch);          // keys and values go to the caches     [T, H*E]
+        stages.attend(a.mixed, a.query, layer, batch);           //                                      [T, H*E]
+        stages.project_out(a.x, a.mixed, layer);                 //                                      [T, D]
+        // x = x + W_down (SiLU(W_gate h) ⊙ (W_up h)),               h = RMSNorm(x)
+        stages.gate_up(a.hidden, a.x, layer);                    //                                      [T, F]
+        stages.down(a.x, a.hidden, layer);                       //                                      [T, D]
+    }
+    stages.logits(a.logits, a.x, weights, batch);                // W_out RMSNorm(x)                     [rows, V]
+}
+
+}  // namespace llama3
+
+// ═══ §5  The stages as plain loops ═════════════════════════════════════════════════════════════════════════════════════════════
+//
+// The mathematics of Llama 3, one small function per formula, and ReferenceBackend, which makes the stages of them. This is the
+// specification: it fixes not only what is computed but in which order, so that §12 can be compared with it bit for bit.
+//
+//     products    one chain per output element, acc = fma(w, x, acc), columns ascending; with q8 and q4 weights one exact
+//                 integer dot product per block of 32, then acc = fma(float(dot), w_scale * x_scale, acc)
+//     W_o, W_down the columns in `segments` equal parts, a chain each, joined by a binary tree
+//     sums        over 16 lanes, joined by a binary tree (detail::sum_lanes)
+//     attention   over segments of 512 positions, joined in order
+
+namespace llama3 {
+namespace detail {
+
+// Of §8, which says how values are stored:
+float decode_weight(const Matrix& w, int row, int column);               // W[row, column]
+void decode_row(const Matrix& w, int row, float* out);                   // W[row, :], with the columns that fill up the last unit
+float round_to_bf16(float x);
+float quantise_group(const float* x, std::int8_t* bytes);                // 32 activations -> bytes and their scale
+int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes, float& w_scale);  // q8, q4: one exact product of 32
+void round_trip_channels(Format format, float* to, const float* from, int n);  // what a cache gives back of up to 32 channels
+
+// out = x / sqrt(mean(x²) + ε) ⊙ weight                  [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
+void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
+    float lanes[16] = {};
+    for (int i = 0; i < n; ++i) lanes[i % 16] = fma(x[i], x[i], lanes[i % 16]);
+    const float inverse = 1 / std::sqrt(sum_lanes(lanes) / static_cast<float>(n) + eps);
+    for (int i = 0; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+// Turns of the RoPE pairs per position, θ'[i] for i < E/2. θ[i] = theta^(-2i/E) (Su et al., "RoFormer", 2021). Llama 3.1 stretches
+// long wavelengths by `factor`, keeps short ones, and blends in between, so that positions beyond the original context look familiar.
+std::vector<float> rope_frequencies(const Config& config) {
+    const FloatEnvironment environment;
+    std::vector<float> frequencies(static_cast<std::size_t>(config.head_dim / 2));
+    const double log_theta = log(static_cast<double>(config.rope_theta));
+    for (std::size_t i = 0; i < frequencies.size(); ++i) {
+        const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
+        float frequency = 1 / static_cast<float>(exp64(exponent * log_theta));
+        if (config.rope_factor != 1) {
+            const float wavelength = 6.28318530717958648f / frequency, context = static_cast<float>(config.rope_original_context);
+            const float low = config.rope_low_freq_factor, high = config.rope_high_freq_factor;
+            if (wavelength > context / low) frequency = frequency / config.rope_factor;
+            else if (wavelength >= context / high) {
+                const float keep = (context / wavelength - low) / (high - low);
+                frequency = (1 - keep) * frequency / config.rope_factor + keep * frequency;
+            }
+        }
+        frequencies[i] = frequency;
+    }
+    return frequencies;
+}
+
+// cos and sin of position * θ'[i], the angle rounded to float as in Meta's code       turns: [E/2][2]
+void rope_turns(float* turns, const std::vector<float>& frequencies, int position) {
+    for (std::size_t i = 0; i < frequencies.size(); ++i) {
+        double cosine, sine;
+        cos_sin(static_cast<double>(static_cast<float>(position) * frequencies[i]), cosine, sine);
+        turns[2 * i] = static_cast<float>(cosine), turns[2 * i + 1] = static_cast<float>(sine);
+    }
+}
+
+// Rotates each pair (x[2i], x[2i+1]) of one head by its angle                          x: [E], turns: [E/2][2]
+void rope(float* x, const float* turns, int head_dim) {
+    for (int i = 0; i < head_dim; i += 2) {
+        const float a = x[i], b = x[i + 1], cosine = turns[i], sine = turns[i + 1];
+        x[i] = a * cosine - b * sine;
+        x[i + 1] = a * sine + b * cosine;
+    }
+}
+
+// SiLU(x) = x / (1 + e^-x)                               (Shazeer, "GLU Variants Improve Transformer", 2020, for SwiGLU)
+inline float silu(float x) { return x / (1 + exp(-x)); }
+
+// One chain: columns [first, last) of row `row` of W, times x. `first` and `last` are multiples of the format's unit.
+float chain(const Matrix& w, int row, int first, int last, const float* x) {
+    float sum = 0;
+    if (w.format == Format::f32)
+        for (int c = first; c < last; ++c) sum = fma(decode_weight(w, row, c), x[c], sum);
+    if (w.format == Format::bf16)  // meets activations rounded to bf16, as in the original
+        for (int c = first; c < last; ++c) sum = fma(decode_weight(w, row, c), round_to_bf16(x[c]), sum);
+    if (w.format == Format::q8 || w.format == Format::q4)
+        for (int c = first; c < last; c += block_columns) {
+            std::int8_t bytes[block_columns];
+            float w_scale;
+            const float x_scale = quantise_group(x + c, bytes);
+            const int dot = block_dot(w, row, c, bytes, w_scale);
+            sum = fma(static_cast<float>(dot), w_scale * x_scale, sum);
+        }
+    return sum;
+}
+
+// y = W x                                                y: [rows], x: [columns], filled up with zeros to whole units
+void linear(float* y, const Matrix& w, const float* x) {
+    const int columns = w.units() * unit_columns(w.format), part = columns / w.segments;
+    for (int row = 0; row < w.rows; ++row) {
+        float sums[max_segments] = {};
+        for (int s = 0; s < w.segments; ++s) sums[s] = chain(w, row, s * part, (s + 1) * part, x);
+        for (int n = w.segments; n > 1; n /= 2)
+            for (int s = 0; s < n / 2; ++s) sums[s] = sums[2 * s] + sums[2 * s + 1];
+        y[row] = sums[0];
+    }
+}
+
+// A cache that keeps what a cache of its format would give back: [L][P][K][E] floats for keys and for values.
+class ReferenceCache final : public KVCache {
+public:
+    ReferenceCache(const Config& config, int capacity, Format format)
+        : config_(config), capacity_(capacity), format_(format),
+          keys_(static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(capacity) * static_cast<std::size_t>(config.n_kv_heads * config.head_dim)),
+          values_(keys_.size()) {}
+    int capacity() const override { return capacity_; }
+    void store(int layer, int position, int head, const float* key, const float* value) {
+        round_trip(keys_.data() + offset(layer, position, head), key);
+        round_trip(values_.data() + offset(layer, position, head), value);
+    }
+    const float* key(int layer, int position, int head) const { return keys_.data() + offset(layer, position, head); }
+    const float* value(int layer, int position, int head) const { return values_.data() + offset(layer, position, head); }
+
+private:
+    std::size_t offset(int layer, int position, int head) const {
+        const std::size_t row = static_cast<std::size_t>(layer) * static_cast<std::size_t>(capacity_) + static_cast<std::size_t>(position);
+        return (row * static_cast<std::size_t>(config_.n_kv_heads) + static_cast<std::size_t>(head)) * static_cast<std::size_t>(config_.head_dim);
+    }
+    void round_trip(float* to, const float* from) const {
+        for (int e = 0; e < config_.head_dim; e += block_columns)
+            round_trip_channels(format_, to + e, from + e, std::min(block_columns, config_.head_dim - e));
+    }
+
+    Config config_;
+    int capacity_;
+    Format format_;
+    std::vector<float> keys_, values_;
+};
+
+// softmax(q · keysᵀ / √E) values over positions 0 to n - 1, for one query head                      out, query: [E]
+void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n, int head_dim) {
+    const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
+    const std::size_t width = static_cast<std::size_t>(head_dim);
+    std::vector<float> scores(attention_segment), mix(width);
+    float largest = 0, total = 0;
+    for (int first = 0; first < n; first += attention_segment) {
+        const int count = std::min(attention_segment, n - first);
+        float segment_largest = -std::numeric_limits<float>::infinity(), lanes[16] = {};
+        for (int j = 0; j < count; ++j) {
+            const float* key = cache.key(layer, first + j, kv_head);
+            float dot = 0;
+            for (std::size_t e = 0; e < width; ++e) dot = fma(query[e], key[e], dot);
+            scores[static_cast<std::size_t>(j)] = dot * scale;
+            segment_largest = std::max(segment_largest, dot * scale);
+        }
+        std::fill(mix.begin(), mix.end(), 0.0f);
+        for (int j = 0; j < count; ++j) {
+            const float p = exp(scores[static_cast<std::size_t>(j)] - segment_largest);
+            lanes[j % 16] = lanes[j % 16] + p;
+            const float* value = cache.value(layer, first + j, kv_head);
+            for (std::size_t e = 0; e < width; ++e) mix[e] = fma(p, value[e], mix[e]);
+        }
+        if (first == 0) {
+            largest = segment_largest, total = sum_lanes(lanes);
+            std::copy(mix.begin(), mix.end(), out);
+            continue;
+        }
+        const float both = std::max(largest, segment_largest);  // the running softmax of Milakov and Gimelshein, 2018
+        const float old_share = exp(largest - both), new_share = exp(segment_largest - both);
+        total = fma(sum_lanes(lanes), new_share, total * old_share);
+        for (std::size_t e = 0; e < width; ++e) out[e] = fma(mix[e], new_share, out[e] * old_share);
+        largest = both;
+    }
+    const float inverse = 1 / total;
+    for (std::size_t e = 0; e < width; ++e) out[e] = out[e] * inverse;
+}
+
+// A tensor with memory of its own, rows filled up with zeros to a multiple of 64.
+struct OwnedTensor {
+    std::vector<float> memory;
+    Tensor tensor;
+    OwnedTensor(int rows, int columns) {
+        tensor = {nullptr, rows, columns, static_cast<std::size_t>(round_up(columns, 64))};
+        memory.resize(static_cast<std::size_t>(rows) * tensor.stride);
+        tensor.data = memory.data();
+    }
+};
+
+class ReferenceBackend final : public Backend, public Stages {
+public:
+    ReferenceBackend(Model model, const Options& options)
+        : model_(std::move(model)), config_(model_.config()), options_(options), rows_(std::min(options.chunk, 64)),
+          frequencies_(rope_frequencies(config_)), x_(rows_, config_.dim), query_(rows_, config_.n_heads * config_.head_dim),
+          mixed_(rows_, config_.n_heads * config_.head_dim), hidden_(rows_, config_.ffn_dim), logits_(rows_, config_.vocab_size) {}
+
+    std::unique_ptr<KVCache> make_cache() override { return std::make_unique<ReferenceCache>(config_, options_.context, options_.kv); }
+    int max_rows() const override { return rows_; }
+    std::span<const float> logits(int i) const override { return {logits_.tensor.row(i), static_cast<std::size_t>(config_.vocab_size)}; }
+    std::string describe() const override { return "reference loops, one thread"; }
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        const FloatEnvironment environment;
+        forward(*this, model_.weights(), {x_.tensor, query_.tensor, mixed_.tensor, hidden_.tensor, logits_.tensor}, batch);
+        return !(cancel && cancel->load());
+    }
+
+    void embed(Tensor x, const Matrix& table, const Batch& batch) override {
+        for (int t = 0; t < batch.size(); ++t)
+            decode_row(table, batch.rows[static_cast<std::size_t>(t)].token, x.row(t));
+        n_tokens_ = batch.size();
+    }
+
+    void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) override {
+        const int head_dim = config_.head_dim;
+        std::vector<float> h(x.stride), key(static_cast<std::size_t>(layer.key.rows)), value(key.size()), turns(static_cast<std::size_t>(head_dim));
+        for (int t = 0; t < n_tokens_; ++t) {
+            const Row& row = batch.rows[static_cast<std::size_t>(t)];
+            rmsnorm(h.data(), x.row(t), layer.attention_norm, config_.dim, config_.norm_eps);
+            linear(query.row(t), layer.query, h.data());
+            linear(key.data(), layer.key, h.data());
+            linear(value.data(), layer.value, h.data());
+            rope_turns(turns.data(), frequencies_, row.position);
+            for (int head = 0; head < config_.n_heads; ++head) rope(query.row(t) + head * head_dim, turns.data(), head_dim);
+            for (int head = 0; head < config_.n_kv_heads; ++head) {
+                rope(key.data() + head * head_dim, turns.data(), head_dim);
+                static_cast<ReferenceCache*>(row.cache)->store(layer.index, row.position, head, key.data() + head * head_dim, value.data() + head * head_dim);
+            }
+        }
+    }
+
+    void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
+        const int shared = config_.n_heads / config_.n_kv_heads;  // query heads h of one group read key/value head h / shared
+        for (int t = 0; t < n_tokens_; ++t)
+            for (int head = 0; head < config_.n_heads; ++head) {
+                const Row& row = batch.rows[static_cast<std::size_t>(t)];
+                attend_reference(mixed.row(t) + head * config_.head_dim, query.row(t) + head * config_.head_dim,
+                                 *static_cast<ReferenceCache*>(row.cache), layer.index, head / shared, row.position + 1, config_.head_dim);
+            }
+    }
+
+    void project_out(Tensor x, Tensor mixed, const Layer& layer) override { add_linear(x, layer.attention_out, mixed); }
+
+    void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
+        std::vector<float> h(x.stride), up(static_cast<std::size_t>(config_.ffn_dim));
+        for (int t = 0; t < n_tokens_; ++t) {
+            rmsnorm(h.data(), x.row(t), layer.ffn_norm, config_.dim, config_.norm_eps);
+            linear(hidden.row(t), layer.gate, h.data());
+            linear(up.data(), layer.up, h.data());
+            for (int i = 0; i < config_.ffn_dim; ++i) hidden.row(t)[i] = silu(hidden.row(t)[i]) * up[static_cast<std::size_t>(i)];
+        }
+    }
+
+    void down(Tensor x, Tensor hidden, const Layer& layer) override { add_linear(x, layer.down, hidden); }
+
+    void logits(Tensor logits, Tensor x, const Weights& weights, const Batch& batch) override {
+        std::vector<float> h(x.stride);
+        int row = 0;
+        for (int t = 0; t < n_tokens_; ++t) {
+            if (!batch.rows[static_cast<std::size_t>(t)].wants_logits) continue;
+            rmsnorm(h.data(), x.row(t), weights.final_norm, config_.dim, config_.norm_eps);
+            linear(logits.row(row++), weights.output, h.data());
+        }
+    }
+
+private:
+    void add_linear(Tensor x, const Matrix& w, Tensor input) {
+        std::vector<float> y(static_cast<std::size_t>(w.rows));
+        for (int t = 0; t < n_tokens_; ++t) {
+            linear(y.data(), w, input.row(t));
+            for (int d = 0; d < w.rows; ++d) x.row(t)[d] = x.row(t)[d] + y[static_cast<std::size_t>(d)];
+        }
+    }
+
+    Model model_;
+    Config config_;
+    Options options_;
+    int rows_, n_tokens_ = 0;
+    std::vector<float> frequencies_;
+    OwnedTensor x_, query_, mixed_, hidden_, logits_;
+};
+
+class ReferenceDevice final : public Device {
+public:
+    std::unique_ptr<Backend> open(const Model& model, const Options& options) override { return std::make_unique<ReferenceBackend>(model, options); }
+    std::uint64_t cache_bytes(const Config& c, const Options& options) const override {
+        return 8ull * static_cast<std::uint64_t>(c.n_layers) * static_cast<std::uint64_t>(options.context) * static_cast<std::uint64_t>(c.n_kv_heads * c.head_dim);
+    }
+    std::uint64_t activations_bytes(const Config& c, const Options& options) const override {
+        return 4ull * static_cast<std::uint64_t>(std::min(options.chunk, 64)) *
+               static_cast<std::uint64_t>(c.dim + 2 * c.n_heads * c.head_dim + c.ffn_dim + c.vocab_size);
+    }
+};
+
+}  // namespace detail
+
+std::shared_ptr<Device> reference() { return std::make_shared<detail::ReferenceDevice>(); }
+
+}  // namespace llama3
+// ═══ §6  Tokenizer ═════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Text becomes ids in three steps. Repair: what is not UTF-8 becomes U+FFFD. Split: the text is cut into pieces (a word with
+// the space before it, up to three digits, punctuation, whitespace). Merge: a piece starts as single bytes; the two neighbours
+// whose union is the token of lowest rank are joined, again and again, until no two make a token. A token's rank is its id.
+// Repair and split are linear in the length of the text, merge is n log n: a megabyte of one letter is one piece.
+// To change the split, change piece_end(); the classes of characters are in §15.
+
+namespace llama3 {
+namespace detail {
+
+// ── Characters ──
+
+enum class CharClass : std::uint8_t { other, letter, number, space, none };  // \p{L}, \p{N}, \s; none: the text ends here
+
+CharClass unicode_class(char32_t code) {
+    const auto runs = unicode_classes();  // §15: (first code point << 2) | class
+    return static_cast<CharClass>(*(std::upper_bound(runs.begin(), runs.end(), code << 2 | 3) - 1) & 3);
+}
+
+// The first character of a text. Where that is not UTF-8, `length` is that of the longest part that could begin a character, at
+// least 1: the part that one U+FFFD replaces, in Python's errors="replace" as in the Unicode standard (3.9, table 3-11).
+struct Character {
+    char32_t code;
+    unsigned length;
+    bool valid;
+    bool cut;  // the text ends inside it: more bytes could make it valid
+};
+
+Character read_character(std::string_view text) {
+    const auto byte = [&](unsigned i) { return static_cast<unsigned char>(text[i]); };
+    const unsigned first = byte(0);
+    if (first < 0x80) return {first, 1, true, false};
+    const unsigned length = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
+    if (first < 0xC2 || first > 0xF4) return {0xFFFD, 1, false, false};
+    // The second byte is narrower where the code would have a shorter form, be a surrogate, or lie above U+10FFFF.
+    unsigned low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
+    unsigned high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+    char32_t code = first & (0x7Fu >> length);
+    for (unsigned i = 1; i < length; ++i) {
+        if (i == text.size()) return {0xFFFD, i, false, true};
+        if (byte(i) < low || byte(i) > high) return {0xFFFD, i, false, false};
+        code = code << 6 | (byte(i) & 0x3Fu);
+        low = 0x80, high = 0xBF;
+    }
+    return {code, length, true, false};
+}
+
+constexpr std::string_view replacement = "\xEF\xBF\xBD";  // U+FFFD
+
+// Appends the text with its invalid parts replaced, up to a character that the end of the text cuts. Returns the bytes used.
+std::size_t append_repaired(std::string& out, std::string_view text) {
+    std::size_t i = 0;
+    while (i < text.size()) {
+        const Character c = read_character(text.substr(i));
+        if (c.cut) break;
+        out += c.valid ? text.substr(i, c.length) : replacement;
+        i += c.length;
+    }
+    return i;
+}
+
+bool is_utf8(std::string_view text) {
+    for (std::size_t i = 0; i < text.size();) {
+        std::uint64_t eight = 0;
+        if (i + 8 <= text.size()) std::memcpy(&eight, text.data() + i, 8);
+        if (i + 8 <= text.size() && (eight & 0x8080808080808080u) == 0) {
+            i += 8;
+        } else {
+            const Character c = read_character(text.substr(i));
+            if (!c.valid) return false;
+            i += c.length;
+        }
+    }
+    return true;
+}
+
+// ── Split ──
+//
+// The published expression, whose alternatives are tried in this order at every position:
+//
+//     (?i:'s|'t|'re|'ve|'m|'ll|'d)       1  contractions
+//     [^\r\n\p{L}\p{N}]?\p{L}+           2  letters, with one other character before them
+//     \p{N}{1,3}                         3  up to three digits
+//     ?[^\s\p{L}\p{N}]+[\r\n]*           4  (a space and) anything else, with the line ends after it
+//     \s*[\r\n]+                         5  whitespace up to the last line end of its run
+//     \s+(?!\S)                          6  whitespace, all but the last of its run unless the text ends with it
+//     \s+                                7  what remains: one whitespace character
+
+constexpr std::array<CharClass, 128> ascii_classes = [] {
+    std::array<CharClass, 128> classes{};
+    for (unsigned c = 0; c < 128; ++c) {
+        const bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
+        const bool space = c == ' ' || (c >= '\t' && c <= '\r');
+        classes[c] = letter                   ? CharClass::letter
+                     : c >= '0' && c <= '9'   ? CharClass::number
+                     : space                  ? CharClass::space
+                                              : CharClass::other;
+    }
+    return classes;
+}();
+
+// Class and length of the character at i, in valid UTF-8.
+inline CharClass class_at(std::string_view text, std::size_t i, std::size_t& length) {
+    length = 1;
+    if (i >= text.size()) return CharClass::none;
+    const auto first = static_cast<unsigned char>(text[i]);
+    if (first < 0x80) return ascii_classes[first];
+    const Character c = read_character(text.substr(i));
+    length = c.length;
+    return unicode_class(c.code);
+}
+
+// The end of the run of characters of one class that starts at i.
+inline std::size_t skip(std::string_view text, std::size_t i, CharClass kind) {
+    std::size_t length = 0;
+    while (class_at(text, i, length) == kind) i += length;
+    return i;
+}
+
+// The end of the contraction that follows the apostrophe at i - 1, or 0. U+017F, the long s, is an s that ignores case.
+std::size_t contraction_end(std::string_view text, std::size_t i) {
+    const auto lower = [&](std::size_t at) { return at < text.size() ? text[at] | 0x20 : 0; };
+    const int a = lower(i), b = lower(i + 1);
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return i + 1;
+    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return i + 2;
+    return text.substr(i, 2) == "\xC5\xBF" ? i + 2 : 0;
+}
+
+// The end of the piece that starts at `begin`, in valid UTF-8.
+std::size_t piece_end(std::string_view text, std::size_t begin) {
+    const auto is_newline = [&](std::size_t i) { return i < text.size() && (text[i] == '\n' || text[i] == '\r'); };
+    std::size_t length = 0, next_length = 0;
+    const CharClass kind = class_at(text, begin, length);
+    if (kind == CharClass::letter) return skip(text, begin + length, CharClass::letter);
+    if (kind == CharClass::number) {
+        std::size_t end = begin + length;
+        for (int digits = 1; digits < 3 && class_at(text, end, length) == CharClass::number; ++digits) end += length;
+        return end;
+    }
+    const std::size_t second = begin + length;
+    const CharClass next = class_at(text, second, next_length);
+    if (text[begin] == '\'') {
+        if (const std::size_t end = contraction_end(text, second)) return end;
+    }
+    if (next == CharClass::letter && !is_newline(begin)) return skip(text, second + next_length, CharClass::letter);
+    if (kind == CharClass::other || (text[begin] == ' ' && next == CharClass::other)) {
+        std::size_t end = skip(text, second, CharClass::other);
+        while (is_newline(end)) ++end;
+        return end;
+    }
+    std::size_t end = begin, last = begin, line_end = 0;  // of the whitespace run, of its last character, of its last line end
+    while (class_at(text, end, length) == CharClass::space) {
+        if (is_newline(end)) line_end = end + 1;
+        last = end;
+        end += length;
+    }
+    if (line_end) return line_end;
+    return end == text.size() || last == begin ? end : last;
+}
+
+// ── Merge ──
+
+constexpr std::uint32_t no_rank = 0xFFFFFFFFu;
+
+std::uint64_t hash_bytes(std::string_view text) {
+    constexpr std::uint64_t odd = 0x9E3779B97F4A7C15u;
+    const std::size_t n = text.size();
+    const auto load = [&](std::size_t i, std::size_t bytes) {
+        std::uint64_t value = 0;
+        std::memcpy(&value, text.data() + i, bytes);
+        return value;
+    };
+    std::uint64_t hash = n * odd, tail = 0;
+    for (std::size_t i = 0; i + 8 < n; i += 8) hash = (hash ^ load(i, 8)) * odd, hash ^= hash >> 29;
+    if (n >= 8) tail = load(n - 8, 8);  // overlaps what the loop has seen: no bytewise rest
+    else if (n >= 4) tail = load(0, 4) << 32 | load(n - 4, 4);
+    else if (n > 0) tail = load(0, 1) << 16 | load(n / 2, 1) << 8 | load(n - 1, 1);
+    hash = (hash ^ tail) * odd;
+    hash = (hash ^ hash >> 32) * odd;
+    return hash ^ hash >> 29;
+}
+
+}  // namespace detail
+
+struct Tokenizer::Impl {
+    struct Slot {
+        std::uint32_t rank = detail::no_rank;
+        std::uint32_t tag = 0;  // other bits of the hash than those that chose the slot
+    };
+    std::span<const std::uint32_t> starts;       // [N+1] where each token's bytes start
+    std::string_view rank_bytes;
+    std::span<const std::uint32_t> special_ids;  // [M] ascending
+    std::vector<std::string_view> special_names; // [M] in the order of special_ids
+    std::vector<std::uint32_t> by_name;          // [M] indexes into both, in order of the names
+    std::array<bool, 256> begins_special{};      // by the first byte of a name
+    std::array<std::uint32_t, 256> byte_rank{};
+    std::vector<Slot> slots;                     // a power of two of them, at most half full; linear probing
+    std::size_t longest = 0;                     // bytes of the longest token
+    int vocab_size = 0;
+    int begin_token = 0;
+    std::vector<int> end_tokens;
+    std::shared_ptr<const void> owner;           // of the memory behind the views
+
+    int rank_count() const { return static_cast<int>(starts.size()) - 1; }
+    std::string_view token(std::size_t rank) const { return rank_bytes.substr(starts[rank], starts[rank + 1] - starts[rank]); }
+
+    std::uint32_t rank(std::string_view piece) const {
+        if (piece.size() > longest) return detail::no_rank;
+        const std::uint64_t hash = detail::hash_bytes(piece);
+        const auto tag = static_cast<std::uint32_t>(hash >> 32);
+        for (std::size_t i = hash & (slots.size() - 1);; i = (i + 1) & (slots.size() - 1)) {
+            const Slot slot = slots[i];
+            if (slot.rank == detail::no_rank || (slot.tag == tag && token(slot.rank) == piece)) return slot.rank;
+        }
+    }
+
+    // -1 for an ordinary token and for the ids that nothing uses
+    int special_index(int id) const {
+        const auto wanted = static_cast<std::uint32_t>(id);
+        const auto found = std::lower_bound(special_ids.begin(), special_ids.end(), wanted);
+        return found != special_ids.end() && *found == wanted ? static_cast<int>(found - special_ids.begin()) : -1;
+    }
+
+    // The special token whose name the text starts with, the longest of several; its index, or -1.
+    int special_at(std::string_view text) const {
+        auto low = by_name.begin(), high = by_name.end();  // the names that begin like the text
+        int found = -1;
+        for (std::size_t i = 0; i < text.size() && low != high; ++i) {
+            if (special_names[*low].size() == i) ++low;    // a name that ends here sorts first, and was noted
+            const auto c = static_cast<unsigned char>(text[i]);
+            const auto letter = [&](std::uint32_t name) { return static_cast<unsigned char>(special_names[name][i]); };
+            low = std::partition_point(low, high, [&](std::uint32_t name) { return letter(name) < c; });
+            high = std::partition_point(low, high, [&](std::uint32_t name) { return letter(name) == c; });
+            if (low != high && special_names[*low].size() == i + 1) found = static_cast<int>(*low);
+        }
+        return found;
+    }
+
+    void check(const char* where, int id) const {
+        if (id < 0 || id >= vocab_size)
+            detail::fail(Code::argument, where, "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
+                         std::to_string(vocab_size - 1) + ")", "Use ids of this model's vocabulary");
+    }
+
+    std::string_view bytes(int id) const {
+        if (id < rank_count()) return token(static_cast<std::size_t>(id));
+        const int special = special_index(id);
+        return special < 0 ? std::string_view() : special_names[static_cast<std::size_t>(special)];
+    }
+
+    // Joins neighbours until no two make a token, the lowest rank first, the leftmost of equals, with a heap of all pairs.
+    struct Part {
+        std::uint32_t previous, next;  // a part is named by where it begins
+        std::uint32_t token;
+        std::uint32_t pair;            // rank of this part and the next as one
+    };
+    struct Scratch {                   // kept from piece to piece, to save allocations
+        std::vector<Part> parts;
+        std::vector<std::uint64_t> heap;  // rank << 32 | part; an entry may outlive its pair
+    };
+    void merge(std::string_view piece, Scratch& scratch, std::vector<int>& ids) const {
+        const auto n = static_cast<std::uint32_t>(piece.size());
+        std::vector<Part>& parts = scratch.parts;
+        std::vector<std::uint64_t>& heap = scratch.heap;
+        heap.clear();
+        parts.resize(n);
+        const auto add_pair = [&](std::uint32_t i) {
+            const std::uint32_t next = parts[i].next;
+            parts[i].pair = next == n ? detail::no_rank : rank(piece.substr(i, parts[next].next - i));
+            if (parts[i].pair != detail::no_rank) heap.push_back(static_cast<std::uint64_t>(parts[i].pair) << 32 | i);
+            return parts[i].pair != detail::no_rank;
+        };
+        const auto later = std::greater<std::uint64_t>();
+        for (std::uint32_t i = 0; i < n; ++i) parts[i] = {i - 1, i + 1, byte_rank[static_cast<unsigned char>(piece[i])], 0};
+        for (std::uint32_t i = 0; i < n; ++i) add_pair(i);
+        std::make_heap(heap.begin(), heap.end(), later);
+        while (!heap.empty()) {
+            std::pop_heap(heap.begin(), heap.end(), later);
+            const auto i = static_cast<std::uint32_t>(heap.back());
+            const auto pair = static_cast<std::uint32_t>(heap.back() >> 32);
+            heap.pop_back();
+            if (parts[i].pair != pair) continue;  // one of the two has joined another part since
+            Part& gone = parts[parts[i].next];
+            parts[i].token = pair;
+            parts[i].next = gone.next;
+            if (gone.next < n) parts[gone.next].previous = i;
+            gone.pair = detail::no_rank;
+            if (add_pair(i)) std::push_heap(heap.begin(), heap.end(), later);
+            if (i > 0 && add_pair(parts[i].previous)) std::push_heap(heap.begin(), heap.end(), later);
+        }
+        for (std::uint32_t i = 0; i < n; i = parts[i].next) ids.push_back(static_cast<int>(parts[i].token));
+    }
+
+    void encode_ordinary(std::string_view text, std::vector<int>& ids) const {
+        Scratch scratch;
+        for (std::size_t begin = 0; begin < text.size();) {
+            const std::size_t end = detail::piece_end(text, begin);
+            const std::string_view piece = text.substr(begin, end - begin);
+            const std::uint32_t whole = rank(piece);  // not only for speed: 588 tokens cannot be reached by merging
+            if (whole != detail::no_rank) ids.push_back(static_cast<int>(whole));
+            else merge(piece, scratch, ids);
+            begin = end;
+        }
+    }
+};
+
+namespace detail {
+
+// Views of a file's tokenizer section (convert/FORMAT.md, section 3), whose memory `owner` keeps alive. §14 has checked the
+// numbers (starts and ids ascend, within their bounds); here the tokens themselves are checked. `where` names the file.
+std::shared_ptr<const Tokenizer::Impl> make_tokenizer(
+    std::span<const std::uint32_t> rank_starts, std::string_view rank_bytes, std::span<const std::uint32_t> special_ids,
+    std::span<const std::uint32_t> name_starts, std::string_view name_bytes, int vocab_size, int begin_token,
+    std::vector<int> end_tokens, std::shared_ptr<const void> owner, const std::string& where) {
+    const auto refuse = [&](const std::string& what) { fail(Code::format, where, what, "Convert the model again"); };
+    const std::size_t n = rank_starts.size() - 1, m = special_ids.size();
+    auto impl = std::make_shared<Tokenizer::Impl>();
+    impl->starts = rank_starts;
+    impl->rank_bytes = rank_bytes;
+    impl->special_ids = special_ids;
+    impl->vocab_size = vocab_size;
+    impl->begin_token = begin_token;
+    impl->end_tokens = std::move(end_tokens);
+    impl->owner = std::move(owner);
+
+    const std::size_t mask = std::bit_ceil(2 * n + 2) - 1;
+    impl->slots.resize(mask + 1);
+    for (std::size_t rank = 0; rank < n; ++rank) {
+        const std::string_view token = impl->token(rank);
+        const std::uint64_t hash = hash_bytes(token);
+        const auto tag = static_cast<std::uint32_t>(hash >> 32);
+        std::size_t slot = hash & mask;
+        for (int probes = 0; impl->slots[slot].rank != no_rank; slot = (slot + 1) & mask) {
+            if (impl->slots[slot].tag == tag && impl->token(impl->slots[slot].rank) == token)
+                refuse("tokens " + std::to_string(impl->slots[slot].rank) + " and " + std::to_string(rank) + " are equal");
+            if (++probes == 1000) refuse("the tokens were chosen to collide");  // half full, chance gives a run of some dozens
+        }
+        impl->slots[slot] = {static_cast<std::uint32_t>(rank), tag};
+        impl->longest = std::max<std::size_t>(impl->longest, token.size());
+    }
+    for (unsigned byte = 0; byte < 256; ++byte) {
+        const char text = static_cast<char>(byte);
+        impl->byte_rank[byte] = n == 0 ? no_rank : impl->rank({&text, 1});
+        if (impl->byte_rank[byte] == no_rank) refuse("no token for the single byte " + std::to_string(byte));
+    }
+
+    for (std::size_t i = 0; i < m; ++i) {
+        impl->special_names.push_back(name_bytes.substr(name_starts[i], name_starts[i + 1] - name_starts[i]));
+        impl->by_name.push_back(static_cast<std::uint32_t>(i));
+        impl->begins_special[static_cast<unsigned char>(impl->special_names[i][0])] = true;
+    }
+    const auto& names = impl->special_names;
+    auto& sorted = impl->by_name;
+    std::sort(sorted.begin(), sorted.end(), [&](std::uint32_t a, std::uint32_t b) { return names[a] < names[b]; });
+    for (std::size_t i = 1; i < m; ++i)
+        if (names[sorted[i]] == names[sorted[i - 1]]) refuse("two special tokens are called " + std::string(names[sorted[i]]));
+
+    impl->end_tokens.push_back(begin_token);  // to look at all of them
+    for (const int id : impl->end_tokens)
+        if (id < 0 || id >= vocab_size)
+            refuse("a begin or end token is out of range (found " + std::to_string(id) + ", expected 0 to " +
+                   std::to_string(vocab_size - 1) + ")");
+    impl->end_tokens.pop_back();
+    return impl;
+}
+
+}  // namespace detail
+
+// ── The public classes ──
+
+std::vector<int> Tokenizer::encode(std::string_view text, Special special) const {
+    if (text.size() > 0x7FFFFFFFu)
+        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long (found " + std::to_string(text.size()) +
+                     " bytes, expected less than 2 GiB)", "Encode it in parts");
+    std::string repaired;
+    if (!detail::is_utf8(text)) {
+        if (detail::append_repaired(repaired, text) < text.size()) repaired += detail::replacement;
+        text = repaired;
+    }
+    std::vector<int> ids;
+    ids.reserve(text.size() / 4 + 8);
+    std::size_t begin = 0;  // of the ordinary text before the next special token, which is encoded on its own
+    for (std::size_t i = 0; special == Special::parse && i < text.size();) {
+        const int found = impl_->begins_special[static_cast<unsigned char>(text[i])] ? impl_->special_at(text.substr(i)) : -1;
+        if (found < 0) {
+            ++i;
+            continue;
+        }
+        impl_->encode_ordinary(text.substr(begin, i - begin), ids);
+        ids.push_back(static_cast<int>(impl_->special_ids[static_cast<std::size_t>(found)]));
+        begin = i += impl_->special_names[static_cast<std::size_t>(found)].size();
+    }
+    impl_->encode_ordinary(text.substr(begin), ids);
+    return ids;
+}
+
+std::string Tokenizer::decode(std::span<const int> ids) const {
+    std::string text;
+    for (const int id : ids) {
+        impl_->check("Tokenizer::decode", id);
+        text += impl_->bytes(id);
+    }
+    return text;
+}
+
+std::string_view Tokenizer::bytes(int id) const {
+    impl_->check("Tokenizer::bytes", id);
+    return impl_->bytes(id);
+}
+
+bool Tokenizer::is_special(int id) const {
+    impl_->check("Tokenizer::is_special", id);
+    return impl_->special_index(id) >= 0;
+}
+
+int Tokenizer::special(std::string_view name) const {
+    const int index = impl_->special_at(name);
+    if (index < 0 || impl_->special_names[static_cast<std::size_t>(index)].size() != name.size()) return -1;
+    return static_cast<int>(impl_->special_ids[static_cast<std::size_t>(index)]);
+}
+
+bool Tokenizer::is_end(int id) const {
+    impl_->check("Tokenizer::is_end", id);
+    return std::find(impl_->end_tokens.begin(), impl_->end_tokens.end(), id) != impl_->end_tokens.end();
+}
+
+int Tokenizer::begin_token() const { return impl_->begin_token; }
+std::span<const int> Tokenizer::end_tokens() const { return impl_->end_tokens; }
+int Tokenizer::rank_count() const { return impl_->rank_count(); }
+int Tokenizer::vocab_size() const { return impl_->vocab_size; }
+
+std::string TextStream::push(int id) {
+    if (tokenizer_.is_special(id)) return finish();  // a special token ends the text before it
+    pending_ += tokenizer_.bytes(id);
+    std::string text;
+    pending_.erase(0, detail::append_repaired(text, pending_));
+    return text;
+}
+
+std::string TextStream::finish() {
+    const std::string text(pending_.empty() ? "" : detail::replacement);
+    pending_.clear();
+    return text;
+}
+
+}  // namespace llama3
+
+// ═══ §7  Sampling, chat and generation ═════════════════════════════════════════════════════════════════════════════════════════
+//
+// A Session turns ids into logits, a Sampler logits into an id, generate() does both in turn, and a Chat wraps messages in the
+// special tokens that a model was trained with. A seed gives the same text everywhere: the generator and the arithmetic are ours.
+// A new chat format goes into detail::render_chat; a new filter of the sampler between the others in Sampler::sample.
+
+namespace llama3 {
+
+// ── Session ──
+
+struct Session::Impl {
+    Model model;
+    Options options;                 // as given, but with the context in numbers
+    std::shared_ptr<Device> device;  // the backend, and what it made, end before it
+    std::unique_ptr<Backend> backend{};
+    std::unique_ptr<KVCache> cache{};
+    std::vector<int> tokens{};       // those in the cache; has room for all, so that adding them cannot fail
+    std::vector<float> logits{};     // [V] of the last token, where has_logits
+    bool has_logits = false;
+    bool busy = false;               // a feed() is running
+    std::atomic<bool> cancel{false};
+};
+
+namespace detail {
+
+template <class T>
+void check_range(const char* name, T value, bool good, const std::string& expected) {
+    if (!good)
+        fail(Code::argument, name, "the value is out of range (found " + std::to_string(value) + ", expected " + expected + ")",
+             "Choose another value");
+}
+
+Options checked_options(const Config& config, Options options) {
+    const int most = config.context_length;
+    check_range("Options::context", options.context, options.context >= 0 && options.context <= most,
+                "1 to " + std::to_string(most) + ", the model's, or 0 for that or 8192");
+    if (options.kv != Format::f32 && options.kv != Format::bf16 && options.kv != Format::q8)
+        fail(Code::argument, "Options::kv", std::string("the cache cannot have this format (found ") +
+             (options.kv == Format::q4 ? "q4" : "another number") + ", expected f32, bf16 or q8)", "Choose one of these");
+    check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
+    check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
+    check_range("Options::chunk", options.chunk, options.chunk >= 1, "1 or more");
+    if (options.context == 0) options.context = std::min<int>(most, 8192);
+    return options;
+}
+
+Session::Impl& alive(const std::unique_ptr<Session::Impl>& impl, const char* where) {
+    if (!impl) fail(Code::argument, where, "the session was moved from", "Use the Session that it was moved to");
+    return *impl;
+}
+
+// Marks sessions as busy while it lives: a callback that feeds its own session, or a session that is listed twice, is an error.
+class InUse {
+public:
+    explicit InUse(std::size_t count) { sessions_.reserve(count); }
+    InUse(const InUse&) = delete;
+    InUse& operator=(const InUse&) = delete;
+    ~InUse() {
+        for (Session::Impl* session : sessions_) session->busy = false;
+    }
+    void add(Session::Impl& session, const char* where) {
+        if (session.busy)
+            fail(Code::argument, where, "the session is in use: a callback of its own feed(), or twice in one list",
+                 "Wait until the first use has returned");
+        session.busy = true;
+        sessions_.push_back(&session);
+    }
+
+private:
+    std::vector<Session::Impl*> sessions_;
+};
+
+void check_tokens(const Session::Impl& session, std::span<const int> tokens, const char* where) {
+    const int vocabulary = session.model.config().vocab_size;
+    for (const int id : tokens)
+        if (id < 0 || id >= vocabulary)
+            fail(Code::argument, where, "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
+                 std::to_string(vocabulary - 1) + ")", "Encode the text with this model's tokenizer");
+    const std::size_t room = static_cast<std::size_t>(session.options.context) - session.tokens.size();
+    if (tokens.size() > room)
+        fail(Code::context, where, "the tokens do not fit into the context of " + std::to_string(session.options.context) +
+             " (found " + std::to_string(tokens.size()) + " after " + std::to_string(session.tokens.size()) +
+             ", expected at most " + std::to_string(room) + ")", "Feed fewer, rewind(), or set a larger Options::context");
+}
+
+[[noreturn]] void fail_cancelled(Session::Impl& session, const char* where) {
+    session.cancel = false;
+    fail(Code::cancelled, where, "cancelled; the session still holds " + std::to_string(session.tokens.size()) + " tokens",
+         "Call it again to go on");
+}
+
+// Cannot fail, so that a session changes as a whole or not at all.
+void commit(Session::Impl& session, std::span<const int> tokens, std::span<const float> logits) {
+    session.tokens.insert(session.tokens.end(), tokens.begin(), tokens.end());
+    std::copy(logits.begin(), logits.end(), session.logits.begin());
+    session.has_logits = true;
+}
+
+void feed(Session::Impl& session, std::span<const int> tokens, const std::function<void(int, std::span<const float>)>* each) {
+    const char* where = "Session::feed";
+    InUse in_use(1);
+    in_use.add(session, where);
+    check_tokens(session, tokens, where);
+    if (tokens.empty() && !session.has_logits)
+        fail(Code::argument, where, "there are no logits to go on from (found 0 tokens, expected at least 1)",
+             "Feed the begin token at least");
+    if (session.cancel) fail_cancelled(session, where);
+
+    const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
+    int chunk = std::max<int>(1, std::min<int>(session.options.chunk, session.backend->max_rows()));
+    if (each) chunk = std::max<int>(1, std::min<int>(chunk, (1 << 24) / session.model.config().vocab_size));  // 64 MB of logits
+    std::vector<Row> rows;
+    rows.reserve(static_cast<std::size_t>(std::min<int>(chunk, count)));
+    for (int first = 0; first < count; first += chunk) {
+        rows.clear();
+        for (int i = first; i < count && i < first + chunk; ++i)
+            rows.push_back({tokens[static_cast<std::size_t>(i)], position + i, session.cache.get(), each || i + 1 == count});
+        if (!session.backend->step({rows}, &session.cancel)) fail_cancelled(session, where);
+        for (int i = 0; each && i < static_cast<int>(rows.size()); ++i) (*each)(first + i, session.backend->logits(i));
+    }
+    if (count > 0) commit(session, tokens, session.backend->logits(each ? static_cast<int>(rows.size()) - 1 : 0));
+}
+
+}  // namespace detail
+
+Session::Session(Model model, const Options& options)
+    : impl_(new Impl{std::move(model), options, options.device ? options.device : cpu()}) {
+    Impl& session = *impl_;
+    session.options = detail::checked_options(session.model.config(), options);
+    session.backend = session.device->open(session.model, session.options);
+    session.cache = session.backend->make_cache();
+    session.tokens.reserve(static_cast<std::size_t>(session.options.context));
+    session.logits.resize(static_cast<std::size_t>(session.model.config().vocab_size));
+}
+
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+
+std::span<const float> Session::feed(std::span<const int> tokens) {
+    detail::feed(detail::alive(impl_, "Session::feed"), tokens, nullptr);
+    return impl_->logits;
+}
+
+void Session::feed(std::span<const int> tokens, const std::function<void(int, std::span<const float>)>& each) {
+    detail::feed(detail::alive(impl_, "Session::feed"), tokens, each ? &each : nullptr);
+}
+
+void Session::feed_together(std::span<Session* const> sessions, std::span<const int> tokens) {
+    const char* where = "Session::feed_together";
+    const auto refuse = [&](const std::string& what) {
+        detail::fail(Code::argument, where, what, "Pass one token for each of several sessions with the same Options");
+    };
+    if (sessions.size() != tokens.size())
+        refuse("there are " + std::to_string(sessions.size()) + " sessions and " + std::to_string(tokens.size()) + " tokens");
+    detail::InUse in_use(sessions.size());
+    std::vector<Impl*> impls;
+    for (std::size_t i = 0; i < sessions.size(); ++i) {
+        if (!sessions[i]) refuse("session " + std::to_string(i) + " is a null pointer");
+        Impl& session = detail::alive(sessions[i]->impl_, where);
+        in_use.add(session, where);
+        detail::check_tokens(session, tokens.subspan(i, 1), where);
+        impls.push_back(&session);
+        const Options &a = session.options, &b = impls[0]->options;
+        const bool same_model = &session.model.impl() == &impls[0]->model.impl();
+        const bool same_team = a.device == b.device && a.threads == b.threads && a.ranks == b.ranks && a.isa == b.isa;
+        if (!same_model || !same_team || a.kv != b.kv)
+            refuse("session " + std::to_string(i) + " has another model, device, kv, threads, ranks or isa than the first");
+    }
+    for (Impl* session : impls)
+        if (session->cancel) detail::fail_cancelled(*session, where);
+
+    std::vector<std::vector<float>> logits(impls.size());  // all are kept until all are there
+    std::vector<Row> rows;
+    for (std::size_t i = 0; i < impls.size(); ++i) {
+        rows.push_back({tokens[i], static_cast<int>(impls[i]->tokens.size()), impls[i]->cache.get(), true});
+        Backend& backend = *impls[0]->backend;
+        if (i + 1 < impls.size() && static_cast<int>(rows.size()) < backend.max_rows()) continue;
+        backend.step({rows}, nullptr);
+        for (std::size_t row = 0; row < rows.size(); ++row) {
+            const std::span<const float> result = backend.logits(static_cast<int>(row));
+            logits[i + 1 - rows.size() + row].assign(result.begin(), result.end());
+        }
+        rows.clear();
+    }
+    for (std::size_t i = 0; i < impls.size(); ++i) detail::commit(*impls[i], tokens.subspan(i, 1), logits[i]);
+}
+
+std::span<const float> Session::logits() const {
+    const Impl& session = detail::alive(impl_, "Session::logits");
+    return session.has_logits ? std::span<const float>(session.logits) : std::span<const float>();
+}
+std::span<const int> Session::tokens() const { return detail::alive(impl_, "Session::tokens").tokens; }
+int Session::position() const { return static_cast<int>(detail::alive(impl_, "Session::position").tokens.size()); }
+int Session::context() const { return detail::alive(impl_, "Session::context").options.context; }
+const Model& Session::model() const { return detail::alive(impl_, "Session::model").model; }
+
+void Session::rewind(int position) {
+    Impl& session = detail::alive(impl_, "Session::rewind");
+    detail::InUse(1).add(session, "Session::rewind");
+    const int most = this->position();
+    detail::check_range("Session::rewind", position, position >= 0 && position <= most, "0 to " + std::to_string(most));
+    session.tokens.resize(static_cast<std::size_t>(position));
+    session.has_logits = false;
+}
+
+// Only a store to an atomic: a signal handler may call it.
+void Session::cancel() noexcept {
+    if (impl_) impl_->cancel = true;
+}
+bool Session::cancelled() const noexcept { return impl_ && impl_->cancel; }
+void Session::reset_cancel() noexcept {
+    if (impl_) impl_->cancel = false;
+}
+
+// ── Sampling ──
+
+namespace detail {
+
+std::uint64_t next_random(std::uint64_t& state);  // §14: splitmix64
+
+// NaN is no logit. The largest may be infinite: +inf beats all others, and -inf means that they are all equally unlikely.
+float largest(std::span<const float> logits, const char* where) {
+    float best = -std::numeric_limits<float>::infinity();
+    for (const float logit : logits) best = logit > best ? logit : best;
+    if (std::find(logits.begin(), logits.end(), best) == logits.end())
+        fail(Code::argument, where, "there is no logit that is a number (found " + std::to_string(logits.size()) + " others)",
+             "Check the model: its weights may be damaged");
+    return best;
+}
+
+// e^((logit - best) / temperature): the probability relative to that of the best. In double, where products and sums are
+// exact enough without fma, which a processor may have to imitate: exp() (§2) would take ten times as long then.
+float relative_probability(float logit, float best, float temperature) {
+    if (logit == best) return 1;
+    const double x = static_cast<double>((logit - best) / temperature);
+    if (!(x > -87.0)) return 0;  // NaN as well
+    const auto n = static_cast<std::int64_t>(x * 1.4426950408889634 - 0.5);  // x = n ln 2 + r, then Taylor's series to r^7
+    const double r = x - static_cast<double>(n) * 0.6931471805599453;
+    double series = 1.0 / 5040;
+    for (const double term : {1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0}) series = series * r + term;
+    return static_cast<float>(series * std::bit_cast<double>((1023 + n) << 52));
+}
+
+using Candidate = std::pair<float, int>;  // relative probability, id
+
+bool more_likely(const Candidate& a, const Candidate& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+}
+
+// Keeps the candidates before which, in order of probability, at most `limit` of the measure has been passed: with measure 1
+// and limit k - 1 the best k, with the probability as measure the nucleus. Most of the order is found by counting: candidates
+// are thrown into bins by their leading bits, 16 to the octave, and only the bin where the limit is passed is sorted.
+template <class Measure>
+void keep_best(std::vector<Candidate>& candidates, double limit, const Measure& measure) {
+    const auto bin_of = [](const Candidate& c) { return std::bit_cast<std::uint32_t>(c.first) >> 19; };  // 1.0 is in bin 2032
+    std::array<double, 2048> bins{};
+    for (const Candidate& c : candidates) bins[bin_of(c)] += measure(c.first);
+    double passed = 0;
+    std::size_t bin = bins.size() - 1;
+    for (; bin > 0 && passed + bins[bin] <= limit; --bin) passed += bins[bin];
+    std::vector<Candidate> border;
+    for (const Candidate& c : candidates)
+        if (bin_of(c) == bin) border.push_back(c);
+    if (border.empty()) return;  // all are kept
+    std::sort(border.begin(), border.end(), more_likely);
+    Candidate last = border[0];
+    for (const Candidate& c : border) {
+        if (passed > limit) break;
+        last = c;
+        passed += measure(c.first);
+    }
+    std::erase_if(candidates, [&](const Candidate& c) { return more_likely(last, c); });
+}
+
+}  // namespace detail
+
+Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), state_(sampling.seed) {
+    const Sampling& s = sampling_;
+    const auto check = [](const char* name, auto value, bool good, const char* expected) {
+        detail::check_range(name, value, good && std::isfinite(static_cast<double>(value)), expected);
+    };
+    check("Sampling::temperature", s.temperature, s.temperature >= 0, "0 or more");
+    check("Sampling::top_p", s.top_p, s.top_p > 0 && s.top_p <= 1, "more than 0, at most 1");
+    check("Sampling::min_p", s.min_p, s.min_p >= 0 && s.min_p <= 1, "0 to 1");
+    check("Sampling::top_k", s.top_k, s.top_k >= 0, "0 or more");
+    check("Sampling::repeat_penalty", s.repeat_penalty, s.repeat_penalty > 0, "more than 0");
+    check("Sampling::repeat_last", s.repeat_last, s.repeat_last >= 0, "0 or more");
+}
+
+int Sampler::sample(std::span<const float> logits, std::span<const int> history) {
+    const detail::FloatEnvironment environment;
+    const Sampling& s = sampling_;
+    const auto recent = history.last(std::min<std::size_t>(history.size(), static_cast<std::size_t>(s.repeat_last)));
+    if (s.repeat_penalty != 1 && !recent.empty()) {
+        penalised_.assign(logits.begin(), logits.end());
+        for (const int id : recent) {
+            if (id < 0 || static_cast<std::size_t>(id) >= logits.size())
+                detail::check_range("Sampler::sample, history", id, false, "ids below " + std::to_string(logits.size()));
+            const float logit = logits[static_cast<std::size_t>(id)];  // from the original: a token is penalised once
+            penalised_[static_cast<std::size_t>(id)] = logit > 0 ? logit / s.repeat_penalty : logit * s.repeat_penalty;
+        }
+        logits = penalised_;
+    }
+    const float best = detail::largest(logits, "Sampler::sample");
+    if (s.temperature == 0) return static_cast<int>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+
+    candidates_.clear();
+    candidates_.reserve(logits.size());
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+        const float p = detail::relative_probability(logits[i], best, s.temperature);
+        if (p > 0) candidates_.emplace_back(p, static_cast<int>(i));
+    }
+    if (s.top_k > 0) detail::keep_best(candidates_, s.top_k - 1, [](float) { return 1.0; });
+    if (s.top_p < 1) {
+        float lanes[16] = {};
+        for (const auto& [p, id] : candidates_) lanes[id % 16] += p;
+        const double limit = static_cast<double>(s.top_p) * static_cast<double>(detail::sum_lanes(lanes));
+        detail::keep_best(candidates_, limit, [](float p) { return static_cast<double>(p); });
+    }
+    if (s.min_p > 0) std::erase_if(candidates_, [&](const auto& c) { return c.first < s.min_p; });
+
+    // Candidates are in order of their ids; the one is drawn in whose share of the sum a random point lies.
+    double sum = 0, passed = 0;
+    for (const auto& [p, id] : candidates_) sum += static_cast<double>(p);
+    const double point = static_cast<double>(detail::next_random(state_) >> 11) * 0x1p-53 * sum;
+    for (const auto& [p, id] : candidates_)
+        if ((passed += static_cast<double>(p)) > point) return id;
+    return candidates_.back().second;  // the product was rounded up to the sum
+}
+
+float log_probability(std::span<const float> logits, int token) {
+    const detail::FloatEnvironment environment;
+    detail::check_range("log_probability", token, token >= 0 && static_cast<std::size_t>(token) < logits.size(),
+                        "ids below " + std::to_string(logits.size()));
+    const float best = detail::largest(logits, "log_probability"), logit = logits[static_cast<std::size_t>(token)];
+    float lanes[16] = {};
+    for (std::size_t i = 0; i < logits.size(); ++i) lanes[i % 16] += detail::relative_probability(logits[i], best, 1);
+    if (!(logit == best || (std::isfinite(logit) && std::isfinite(best)))) return -std::numeric_limits<float>::infinity();
+    const double difference = logit == best ? 0 : static_cast<double>(logit) - static_cast<double>(best);
+    return static_cast<float>(difference - detail::log(static_cast<double>(detail::sum_lanes(lanes))));
+}
+
+// ── Generation ──
+
+Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler, const GenerateOptions& options,
+                const std::function<bool(const Generated&)>& on_token) {
+    detail::check_range("GenerateOptions::max_tokens", options.max_tokens, options.max_tokens >= -1, "-1, 0 or more");
+    const Tokenizer tokenizer = session.model().tokenizer();
+    TextStream stream(tokenizer);
+    const auto feed = [&](std::span<const int> tokens) {  // false if cancelled
+        try {
+            session.feed(tokens);
+            return true;
+        } catch (const Error& error) {
+            if (error.code() != Code::cancelled) throw;
+            return false;
+        }
+    };
+    if (!feed(prompt)) return Finish::cancelled;
+    for (int drawn = 0; drawn != options.max_tokens; ++drawn) {
+        if (session.cancelled()) {
+            session.reset_cancel();
+            return Finish::cancelled;
+        }
+        const int token = sampler.sample(session.logits(), session.tokens());
+        const bool end = !options.ignore_end && tokenizer.is_end(token), full = session.position() == session.context();
+        std::string text = stream.push(token);
+        if (end || full || drawn + 1 == options.max_tokens) text += stream.finish();
+        const bool go_on = !on_token || on_token({token, text, session.logits()});
+        if (!full && !feed({&token, 1})) return Finish::cancelled;
+        if (end) return Finish::end_token;
+        if (!go_on) return Finish::stopped;
+        if (full) return Finish::context;
+    }
+    return Finish::length;
+}
+
+// ── Chat ──
+
+namespace detail {
+
+// Python's str.strip(): \s and U+001C to U+001F.
+std::string_view strip(std::string_view text) {
+    const auto is_space = [&](std::size_t i, std::size_t& length) {
+        return class_at(text, i, length) == CharClass::space || (text[i] >= 0x1C && text[i] <= 0x1F);
+    };
+    std::size_t begin = 0, end = text.size(), length = 0;
+    while (begin < end && is_space(begin, length)) begin += length;
+    while (end > begin) {
+        std::size_t last = end - 1;
+        while (last > begin && end - last < 4 && (text[last] & 0xC0) == 0x80) --last;  // to the first byte of the character
+        if (!is_space(last, length)) break;
+        end = last;
+    }
+    return text.substr(begin, end - begin);
+}
+
+// Python's json.dumps(text, ensure_ascii=False).
+std::string json_string(std::string_view text) {
+    std::string json = "\"";
+    for (const char c : text) {
+        const std::size_t escape = std::string_view("\"\\\n\r\t\b\f").find(c);
+        if (escape != std::string_view::npos) {
+            json += {'\\', "\"\\nrtbf"[escape]};
+        } else if (static_cast<unsigned char>(c) < 0x20) {
+            json += {'\\', 'u', '0', '0', c < 16 ? '0' : '1', "0123456789abcdef"[c & 15]};
+        } else {
+            json += c;
+        }
+    }
+    return json + "\"";
+}
+
+// Special tokens come from here alone: every text is encoded as text. The hf styles render one string, in which the blank line
+// after a header can merge with a content that starts with a line end; Meta's code encodes the two apart.
+std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std::span<const Message> messages,
+                             const ChatStyle& style, bool answer) {
+    const char* where = "render_chat";
+    if (format == ChatFormat::none)
+        fail(Code::argument, where, "the model has no chat format (found none, expected llama3, llama3.1 or llama3.2)",
+             "Use generate() with plain text, or convert an instruction-tuned model");
+    const bool hf = style.kind == ChatStyle::Kind::hf, hf_tools = hf && format != ChatFormat::llama3;
+    if (!hf_tools && !(style.tools.empty() && style.date.empty()))
+        fail(Code::argument, where, "this chat style has no place for tools and a date",
+             "Use ChatStyle::Kind::hf with a model of Llama 3.1 or later, or write them into a message");
+
+    std::vector<int> ids = {tokenizer.begin_token()};
+    const auto refuse = [&](const std::string& what, const char* to_do) { fail(Code::argument, where, what, to_do); };
+    const auto special = [&](const char* name) {
+        ids.push_back(tokenizer.special(name));
+        if (ids.back() < 0) refuse(std::string("the model has no token ") + name, "Convert it with the right chat format");
+    };
+    const auto text = [&](std::string_view content) {
+        const std::vector<int> encoded = tokenizer.encode(content);
+        ids.insert(ids.end(), encoded.begin(), encoded.end());
+    };
+    const auto header = [&](const std::string& role) {
+        constexpr const char* allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.";
+        if (role.empty() || role.find_first_not_of(allowed) != role.npos)
+            refuse("a role is not a name (found " + json_string(role) + ", expected letters, digits, _, - and .)",
+                   "Use system, user, assistant or ipython");
+        special("<|start_header_id|>"), text(role), special("<|end_header_id|>");
+    };
+    const auto message = [&](const std::string& role, const std::string& content, bool python_tag, const char* end) {
+        header(role);
+        if (hf && !python_tag) {
+            text("\n\n" + content);
+        } else {
+            text("\n\n");
+            if (python_tag) special("<|python_tag|>");
+            text(content);
+        }
+        special(end);
+    };
+
+    std::size_t i = 0;
+    if (hf_tools) {
+        std::string system = style.tools.empty() ? "" : "Environment: ipython\n";
+        system += "Cutting Knowledge Date: December 2023\nToday Date: ";
+        system += (style.date.empty() ? "26 Jul 2024" : style.date) + "\n\n";
+        if (!messages.empty() && messages[0].role == "system") system += strip(messages[i++].content);
+        message("system", system, false, "<|eot_id|>");
+    }
+    std::string tools;  // shown in front of the first user's text
+    for (const std::string& tool : style.tools) tools += tool + "\n\n";
+    if (!tools.empty())
+        tools = "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
+                "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
+                "of argument name and its value}.Do not use variables.\n\n" + tools;
+    for (; i < messages.size(); ++i) {
+        const Message& m = messages[i];
+        const bool result = m.role == "ipython" || m.role == "tool";
+        std::string content = hf_tools && result ? json_string(m.content) : m.content;
+        if (hf || format == ChatFormat::llama3) content = strip(content);
+        if (!tools.empty() && m.role != "user")
+            refuse("the tools belong to the first message (found that of " + json_string(m.role) + ", expected the user's)",
+                   "Let the user begin");
+        if ((m.python_tag || m.end_of_message) && m.role != "assistant")
+            refuse("a message calls a tool (found that of " + json_string(m.role) + ", expected the assistant's)",
+                   "Clear python_tag and end_of_message");
+        message(result ? "ipython" : m.role, std::exchange(tools, "") + content, m.python_tag,
+                m.end_of_message ? "<|eom_id|>" : "<|eot_id|>");
+    }
+    if (answer && !tools.empty()) refuse("the tools belong to the user's first message (found none)", "Let the user begin");
+    if (answer) header("assistant"), text("\n\n");
+    return ids;
+}
+
+}  // namespace detail
+
+std::vector<int> render_chat(const Model& model, std::span<const Message> messages, const ChatStyle& style, bool answer) {
+    return detail::render_chat(model.tokenizer(), model.config().chat_format, messages, style, answer);
+}
+
+Chat::Chat(Model model, const ChatOptions& chat, const Sampling& sampling, const Options& options)
+    : session_(std::move(model), options), options_(chat), sampler_(sampling) {
+    detail::check_range("ChatOptions::max_tokens", chat.max_tokens, chat.max_tokens >= -1, "-1, 0 or more");
+    if (!chat.system.empty()) messages_.push_back({"system", chat.system});
+    render_chat(session_.model(), messages_, chat.style, false);  // for its errors
+}
+
+void Chat::clear() {
+    session_.rewind(0);
+    messages_.erase(messages_.begin() + (options_.system.empty() ? 0 : 1), messages_.end());
+    sampler_ = Sampler(sampler_.sampling());
+    finish_ = Finish::end_token;
+    restarts_ = 0;
+}
+
+std::string Chat::say(std::string_view text, const std::function<bool(std::string_view)>& on_text) {
+    return say(Message{"user", std::string(text)}, on_text);
+}
+
+// The whole conversation is rendered each time, which costs little beside a forward pass, and what the cache holds of it
+// already is kept. So each prompt is exactly render_chat(messages()), after an answer that was cut, an error or a restart too.
+std::string Chat::say(Message message, const std::function<bool(std::string_view)>& on_text) {
+    const Model& model = session_.model();
+    const ChatStyle& style = options_.style;
+    const auto context = static_cast<std::size_t>(session_.context());
+    std::vector<Message> messages = messages_;
+    messages.push_back(std::move(message));
+    std::vector<int> prompt = render_chat(model, messages, style);
+
+    // A context is full when an answer finds less room than a quarter of it. Half is kept then: the next turns need no restart.
+    const std::size_t longest = options_.max_tokens < 0 ? context : static_cast<std::size_t>(options_.max_tokens);
+    const std::size_t room = std::max<std::size_t>(1, std::min<std::size_t>(longest, context / 4));
+    int restarts = restarts_;
+    if (options_.overflow == ChatOptions::Overflow::restart && prompt.size() + room > context) {
+        const auto first = messages.begin() + (options_.system.empty() ? 0 : 1);
+        std::vector<std::ptrdiff_t> turns;  // where they start: with a message of the user
+        for (auto m = first; m != messages.end(); ++m)
+            if (m != first && m->role == "user") turns.push_back(m - first);
+        const auto keep_from = [&](std::ptrdiff_t turn) {
+            std::vector<Message> kept(messages.begin(), first);
+            kept.insert(kept.end(), first + turn, messages.end());
+            return kept;
+        };
+        const auto too_long = [&](std::ptrdiff_t turn) {
+            return render_chat(model, keep_from(turn), style).size() > context / 2;
+        };
+        if (!turns.empty()) {
+            const auto turn = std::partition_point(turns.begin(), turns.end(), too_long);
+            messages = keep_from(turn == turns.end() ? turns.back() : *turn);
+            prompt = render_chat(model, messages, style);
+            ++restarts;
+        }
+    }
+    if (prompt.size() >= context)
+        detail::fail(Code::context, "Chat::say", "the conversation does not fit into the context (found " +
+                     std::to_string(prompt.size()) + " tokens, expected at most " + std::to_string(context - 1) + ")",
+                     "Shorten the message, or set a larger Options::context");
+
+    const auto cached = session_.tokens();
+    const auto common = std::mismatch(prompt.begin(), prompt.end() - 1, cached.begin(), cached.end()).first - prompt.begin();
+    session_.rewind(static_cast<int>(common));
+    const auto to_feed = std::span<const int>(prompt).subspan(static_cast<std::size_t>(common));
+    const Tokenizer& tokenizer = model.tokenizer();
+    const int python_tag = tokenizer.special("<|python_tag|>"), end_of_message = tokenizer.special("<|eom_id|>");
+    Message reply{"assistant", ""};
+    bool begins = true;
+    const Finish finish = generate(session_, to_feed, sampler_, {options_.max_tokens, false}, [&](const Generated& drawn) {
+        if (std::exchange(begins, false)) reply.python_tag = drawn.token == python_tag;
+        reply.end_of_message = drawn.token == end_of_message;
+        reply.content += drawn.text;
+        return drawn.text.empty() || !on_text || on_text(drawn.text);
+    });
+    std::string text = reply.content;
+    messages.push_back(std::move(reply));
+    messages_ = std::move(messages);  // from here on nothing fails: a say() that throws leaves the conversation as it was
+    finish_ = finish;
+    restarts_ = restarts;
+    return text;
+}
+
+}  // namespace llama3
+
+// ═══ Part III: How to make it fast ═════════════════════════════════════════════════════════════════════════════════════════════
+
+// ═══ §8  Number formats ════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// What a stored value is, one struct per format: `encode` fills one unit of a panel (16 rows x unit_columns) from floats, `decode`
+// gives back one value of it. To add a format: a struct here, a line in LLAMA3_FORMATS (§2), a tile in §9, a decoder in kernels.cuh.
+// The layout of the units is convert/FORMAT.md, section 5.
+
+namespace llama3 {
+namespace detail {
+
+// bfloat16 is the upper half of a float; to_bf16 rounds to the nearest, ties to even, and keeps NaN a NaN.
+inline float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+inline std::uint16_t to_bf16(float value) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// IEEE half precision: 1 sign, 5 exponent (bias 15) and 10 fraction bits. Both directions are exact or rounded to nearest even, by
+// letting float arithmetic do the shifting: 2^112 moves the exponent's bias from 15 to 127.
+inline float from_fp16(std::uint16_t half) {
+    const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
+    float value = std::bit_cast<float>(magnitude) * std::bit_cast<float>((127u + 112u) << 23);
+    if ((half & 0x7c00u) == 0x7c00u) value = std::bit_cast<float>(magnitude | 0x7f800000u);
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | (static_cast<std::uint32_t>(half & 0x8000u) << 16));
+}
+inline std::uint16_t to_fp16(float value) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    std::uint32_t half = 0;
+    if (magnitude > 0x7f800000u) half = 0x7e00u;                       // NaN
+    else if (magnitude >= 0x477ff000u) half = 0x7c00u;                 // rounds to 65536 or more: infinity
+    else if (magnitude < 0x38800000u)                                  // subnormal: adding 0.5 aligns the bits and rounds them
+        half = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    else half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    return static_cast<std::uint16_t>(sign | half);
+}
+
+inline constexpr float smallest_scale = 1e-35f;  // scales below it are 0 in fp16, and their inverse might not be finite
+
+// Rounds half away from zero, as Q8_0 does.
+inline int round_away(float x) { return static_cast<int>(x < 0 ? x - 0.5f : x + 0.5f); }
+
+template <class T>
+T load_as(const std::byte* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+template <class T>
+void store_as(std::byte* to, T value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
+struct F32 {
+    static constexpr Format format = Format::f32;
+    static float decode(const std::byte* unit, int row, int) { return load_as<float>(unit + 4 * row); }
+    static void encode(const float* rows, std::size_t stride, std::byte* unit) {
+        for (int r = 0; r < panel_rows; ++r) store_as(unit + 4 * r, rows[static_cast<std::size_t>(r) * stride]);
+    }
+};
+
+struct BF16 {
+    static constexpr Format format = Format::bf16;
+    static float decode(const std::byte* unit, int row, int column) {
+        return from_bf16(load_as<std::uint16_t>(unit + 4 * row + 2 * column));
+    }
+    static void encode(const float* rows, std::size_t stride, std::byte* unit) {
+        for (int r = 0; r < panel_rows; ++r)
+            for (int c = 0; c < 2; ++c) store_as(unit + 4 * r + 2 * c, to_bf16(rows[static_cast<std::size_t>(r) * stride + static_cast<std::size_t>(c)]));
+    }
+};
+
+// weight = byte * scale. A unit is 16 vectors of [16 rows][4 columns], then [2 blocks][16 rows] scales.
+struct Q8 {
+    static constexpr Format format = Format::q8;
+    static constexpr int vectors = 16;
+    static int value(const std::byte* unit, int row, int column) {
+        return static_cast<std::int8_t>(unit[64 * (column / 4) + 4 * row + column % 4]);
+    }
+    static float scale(const std::byte* unit, int row, int block) {
+        return from_fp16(load_as<std::uint16_t>(unit + 64 * vectors + 32 * block + 2 * row));
+    }
+    static float decode(const std::byte* unit, int row, int column) {
+        return static_cast<float>(value(unit, row, column)) * scale(unit, row, column / block_columns);
+    }
+    static void encode(const float* rows, std::size_t stride, std::byte* unit) {
+        for (int r = 0; r < panel_rows; ++r)
+            for (int block = 0; block < 2; ++block) {
+                const float* x = rows + static_cast<std::size_t>(r) * stride + block * block_columns;
+                float largest = 0;
+                for (int c = 0; c < block_columns; ++c) largest = std::max(largest, x[c] < 0 ? -x[c] : x[c]);
+                const float scale = largest / 127, inverse = scale > smallest_scale ? 1 / scale : 0;
+                store_as(unit + 64 * vectors + 32 * block + 2 * r, to_fp16(scale));
+                for (int c = 0; c < block_columns; ++c)
+                    unit[64 * (8 * block + c / 4) + 4 * r + c % 4] = static_cast<std::byte>(std::clamp(round_away(x[c] * inverse), -127, 127));
+            }
+    }
+};
+
+// weight = (nibble - 8) * scale. A unit is 8 vectors of [16 rows][4 bytes], then [2 blocks][16 rows] scales; in vector v of a block
+// byte b of a row holds columns 8v + b (low nibble) and 8v + 4 + b (high nibble).
+struct Q4 {
+    static constexpr Format format = Format::q4;
+    static constexpr int vectors = 8;
+    static int value(const std::byte* unit, int row, int column) {
+        const int byte = std::to_integer<int>(unit[64 * (column / 8) + 4 * row + column % 4]);
+        return (column % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+    }
+    static float scale(const std::byte* unit, int row, int block) {
+        return from_fp16(load_as<std::uint16_t>(unit + 64 * vectors + 32 * block + 2 * row));
+    }
+    static float decode(const std::byte* unit, int row, int column) {
+        return static_cast<float>(value(unit, row, column)) * scale(unit, row, column / block_columns);
+    }
+    static void encode(const float* rows, std::size_t stride, std::byte* unit) {
+        std::memset(unit, 0, 64 * vectors);
+        for (int r = 0; r < panel_rows; ++r)
+            for (int block = 0; block < 2; ++block) {
+                const float* x = rows + static_cast<std::size_t>(r) * stride + block * block_columns;
+                float extreme = 0;  // the value of largest magnitude, the first of equals
+                for (int c = 0; c < block_columns; ++c)
+                    if ((x[c] < 0 ? -x[c] : x[c]) > (extreme < 0 ? -extreme : extreme)) extreme = x[c];
+                const float scale = extreme / -8, inverse = scale > smallest_scale || scale < -smallest_scale ? 1 / scale : 0;
+                store_as(unit + 64 * vectors + 32 * block + 2 * r, to_fp16(extreme == 0 ? 0.0f : scale));
+                for (int c = 0; c < block_columns; ++c) {
+                    const int nibble = std::clamp(static_cast<int>(x[c] * inverse + 8.5f), 0, 15);
+                    unit[64 * (4 * block + c / 8) + 4 * r + c % 4] |= static_cast<std::byte>(c % 8 < 4 ? nibble : nibble << 4);
+                }
+            }
+    }
+};
+
+// Calls f(F32{}), f(BF16{}), ...: the one place that turns a format's id into its struct.
+template <class F>
+decltype(auto) with_format(Format format, F&& f) {
+    switch (format) {
+        case Format::f32: return f(F32{});
+        case Format::bf16: return f(BF16{});
+        case Format::q8: return f(Q8{});
+        default: return f(Q4{});
+    }
+}
+
+// One panel from 16 rows of floats, [16][columns], the columns already filled up to whole units.
+void encode_panel(Format format, const float* rows, int columns, std::byte* panel) {
+    with_format(format, [&](auto f) {
+        for (int c = 0; c < columns; c += unit_columns(format), panel += unit_bytes(format))
+            f.encode(rows + c, static_cast<std::size_t>(columns), panel);
+    });
+}
+
+// W[row, column] of a matrix.
+float decode_weight(const Matrix& matrix, int row, int column) {
+    const int per_unit = unit_columns(matrix.format);
+    const std::byte* unit = matrix.panel(row / panel_rows) + static_cast<std::size_t>(column / per_unit) * unit_bytes(matrix.format);
+    return with_format(matrix.format, [&](auto f) { return f.decode(unit, row % panel_rows, column % per_unit); });
+}
+
+// W[row, :], all units.
+void decode_row(const Matrix& matrix, int row, float* out) {
+    with_format(matrix.format, [&](auto f) {
+        const std::byte* unit = matrix.panel(row / panel_rows);
+        for (int u = 0; u < matrix.units(); ++u, unit += unit_bytes(f.format))
+            for (int c = 0; c < unit_columns(f.format); ++c) *out++ = f.decode(unit, row % panel_rows, c);
+    });
+}
+
+float round_to_bf16(float x) { return from_bf16(to_bf16(x)); }
+
+// The exact product of one block of a q8 or q4 matrix with 32 quantised activations, and the scale of the block's weights.
+int block_dot(const Matrix& matrix, int row, int column, const std::int8_t* bytes, float& scale) {
+    const std::byte* unit = matrix.panel(row / panel_rows) + static_cast<std::size_t>(column / 64) * unit_bytes(matrix.format);
+    const auto multiply = [&](auto f) {
+        int dot = 0;
+        for (int i = 0; i < block_columns; ++i) dot += f.value(unit, row % panel_rows, column % 64 + i) * bytes[i];
+        scale = f.scale(unit, row % panel_rows, column % 64 / block_columns);
+        return dot;
+    };
+    return matrix.format == Format::q8 ? multiply(Q8{}) : multiply(Q4{});
+}
+
+// Activations that meet q8 or q4 weights: groups of 32 signed bytes with one float scale, x ≈ byte * scale. The largest magnitude
+// is found in the integer order of the bits, where NaN is above infinity: a group that holds either gets the scale NaN.
+float quantise_group(const float* x, std::int8_t* bytes) {
+    std::uint32_t largest = 0;
+    for (int i = 0; i < block_columns; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+    const bool finite = largest < 0x7f800000u;
+    const float magnitude = finite ? std::bit_cast<float>(largest) : 0.0f;
+    // below 2^-100 the inverse would overflow: such a group counts as zero
+    const float inverse = magnitude > 7.9e-31f ? 127 / magnitude : 0.0f;
+    constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+    for (int i = 0; i < block_columns; ++i) {
+        const float scaled = finite ? x[i] * inverse : 0.0f;
+        bytes[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(scaled + round) - std::bit_cast<std::int32_t>(round));
+    }
+    return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// A group of up to 32 channels of a key or value, as a q8 cache stores it: the rule of Q8. Returns the fp16 scale.
+inline std::uint16_t quantise_channels(const float* x, int n, std::int8_t* bytes) {
+    std::uint32_t bits = 0;
+    for (int i = 0; i < n; ++i) bits = std::max(bits, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+    const bool finite = bits < 0x7f800000u;
+    const float scale = finite ? std::bit_cast<float>(bits) / 127 : 0, inverse = scale > smallest_scale ? 1 / scale : 0;
+    for (int i = 0; i < n; ++i) bytes[i] = static_cast<std::int8_t>(finite ? std::clamp(round_away(x[i] * inverse), -127, 127) : 0);
+    return finite ? to_fp16(scale) : std::uint16_t{0x7e00};  // infinity or NaN in: NaN out
+}
+
+void round_trip_channels(Format format, float* to, const float* from, int n) {
+    std::int8_t bytes[block_columns];
+    const float scale = from_fp16(quantise_channels(from, n, bytes));
+    for (int i = 0; i < n; ++i)
+        to[i] = format == Format::q8 ? static_cast<float>(bytes[i]) * scale : format == Format::bf16 ? round_to_bf16(from[i]) : from[i];
+}
+
+}  // namespace detail
+
+const char* format_name(Format format) {
+#define LLAMA3_X(name, columns, bytes) if (format == Format::name) return #name;
+    LLAMA3_FORMATS(LLAMA3_X)
+#undef LLAMA3_X
+    return "unknown";
+}
+
+Format format_from_name(std::string_view name) {
+    std::string known;
+#define LLAMA3_X(id, columns, bytes) \
+    if (name == #id) return Format::id; \
+    known += " " #id;
+    LLAMA3_FORMATS(LLAMA3_X)
+#undef LLAMA3_X
+    detail::fail(Code::argument, "format", "unknown name (found '" + std::string(name) + "', expected one of" + known + ")", "Choose one of these");
+}
+
+}  // namespace llama3
+
+// ═══ §9  CPU kernels ═══════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Every loop that counts, written once (§9b) over a handful of vector functions (§9a), and compiled once per instruction set: the
+// header includes itself with LLAMA3_KERNELS set to the name of the set, inside a region where the compiler may use it. A lane is
+// an output row (products), a position (scores) or a channel (the mix of values), never a piece of one sum: that is why the
+// width of the vectors does not show in the results. To add an instruction set: a block in §9a and an entry at the end of §9.
+
+namespace llama3 {
+namespace detail {
+
+// out[t, row] = Σ_c W[row, c] x[t, c] for panels [first_panel, last_panel) of W and all tokens.
+struct Product {
+    Matrix w;
+    const std::byte* x;      // packed by Kernels::pack
+    int tokens;              // T
+    float* out;              // [T, stride], rows filled up to whole panels
+    std::size_t stride;
+    bool add;                // out += instead of out =
+    int first_panel, last_panel;
+};
+
+// Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by position.
+struct CacheView {
+    Format format;
+    std::byte* keys;             // [P/16][E][16]
+    std::uint16_t* key_scales;   // q8: [P/16][E/32][16]
+    std::byte* values;           // [P][E rounded up to 16]
+    std::uint16_t* value_scales; // q8: [P][E/32]
+    int head_dim;
+};
+
+// out[g] = softmax(query[g] · keysᵀ / √E) values over positions 0 to n - 1, for the G query heads that share a key/value head.
+struct Attention {
+    CacheView cache;
+    const float* query;      // [G, E]
+    float* out;              // [G, E]
+    float* scratch;          // [4, 512] scores, then [4, E rounded up to 16] for a segment's mix and as much for the joined one
+    int n_queries;           // G
+    int n;
+};
+
+struct Kernels {
+    const char* name;
+    int tile_tokens;         // tokens that a register tile takes: pack() puts that many together
+    bool own_bf16;           // bf16 products by an instruction with its own rounding
+    void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);       // RMSNorm
+    void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns);
+    void (*multiply)(const Product& product);
+    void (*swiglu)(float* gate, const float* up, int n);                                         // gate = SiLU(gate) ⊙ up
+    void (*attend)(const Attention& attention);
+};
+
+// Bytes of one packed token: floats, bf16, or per block of 32 columns 32 bytes, a float scale and the int32 sum of the bytes.
+inline std::size_t packed_bytes(Format format, int columns) {
+    const std::size_t n = static_cast<std::size_t>(round_up(columns, 64));
+    return format == Format::f32 ? 4 * n : format == Format::bf16 ? 2 * n : n / 32 * 40;
+}
+
+// Head width as it is stored for values, and groups of channels that share a scale.
+inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
+inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / block_columns; }
+
+}  // namespace detail
+}  // namespace llama3
+
+#define LLAMA3_STRING_(x) #x
+#define LLAMA3_STRING(x) LLAMA3_STRING_(x)
+#if defined(__clang__)
+#define LLAMA3_UNROLL _Pragma("unroll")
+#define LLAMA3_TARGET_BEGIN(features) _Pragma(LLAMA3_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define LLAMA3_TARGET_END _Pragma("clang attribute pop")
+#else
+#define LLAMA3_UNROLL _Pragma("GCC unroll 16")
+#define LLAMA3_TARGET_BEGIN(features) _Pragma("GCC push_options") _Pragma(LLAMA3_STRING(GCC target(features)))
+#define LLAMA3_TARGET_END _Pragma("GCC pop_options")
+#endif
+#define LLAMA3_INLINE static inline __attribute__((always_inline))
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 intrinsics start from undefined registers
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+// Any processor: SSE2, or what the compiler makes of vectors of 4.
+#define LLAMA3_KERNELS baseline
+#include __FILE__
+#undef LLAMA3_KERNELS
+
+#if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))  // mingw's GCC misaligns wide spills
+#define LLAMA3_X86_KERNELS 1
+
+// Intel since Haswell (2013), AMD since Excavator and Zen
+LLAMA3_TARGET_BEGIN("avx2,fma,f16c")
+#define LLAMA3_KERNELS avx2
+#define LLAMA3_WIDTH 8
+#include __FILE__
+#undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
+LLAMA3_TARGET_END
+
+// Intel's desktop chips since Alder Lake (2021), which lack AVX-512
+LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
+#define LLAMA3_KERNELS avx_vnni
+#define LLAMA3_WIDTH 8
+#define LLAMA3_VNNI 1
+#include __FILE__
+#undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
+#undef LLAMA3_VNNI
+LLAMA3_TARGET_END
+
+// Intel Ice Lake (2019), AMD Zen 4 (2022) and later
+LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#define LLAMA3_KERNELS avx512
+#define LLAMA3_WIDTH 16
+#define LLAMA3_VNNI 1
+#include __FILE__
+#undef LLAMA3_KERNELS
+LLAMA3_TARGET_END
+
+// Intel Cooper Lake and Sapphire Rapids, AMD Zen 4 and later
+LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+#define LLAMA3_KERNELS avx512_bf16
+#define LLAMA3_BF16 1
+#include __FILE__
+#undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
+#undef LLAMA3_VNNI
+#undef LLAMA3_BF16
+LLAMA3_TARGET_END
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#else  // LLAMA3_KERNELS: one instruction set
+
+namespace llama3 {
+namespace detail {
+namespace LLAMA3_KERNELS {
+
+// ─── §9a  Vector functions ──────────────────────────────────────────────────────────────────────────────────────────────────────
+//
+// F: `lanes` floats, with the operators + - * / of the compiler's vector types. I: as many int32, or four times as many bytes.
+// A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored) or 128
+// (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact.
+
+#if LLAMA3_WIDTH == 16
+
+using F = __m512;
+using I = __m512i;
+constexpr int lanes = 16, tile_tokens = 6, tile_panels = 2, signed_bias = 128;
+LLAMA3_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
+LLAMA3_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+LLAMA3_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+LLAMA3_INLINE F where_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm512_loadu_si512(p); }
+LLAMA3_INLINE I splat_int(int x) { return _mm512_set1_epi32(x); }
+LLAMA3_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+LLAMA3_INLINE I to_int(F x) { return _mm512_cvttps_epi32(x); }
+LLAMA3_INLINE I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
+LLAMA3_INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+LLAMA3_INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
+LLAMA3_INLINE I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
+template <int n> LLAMA3_INLINE I shift_left(I x) { return _mm512_slli_epi32(x, n); }
+template <int n> LLAMA3_INLINE I shift_right(I x) { return _mm512_srai_epi32(x, n); }
+LLAMA3_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
+LLAMA3_INLINE I as_int(F x) { return _mm512_castps_si512(x); }
+LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) { return _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes); }
+LLAMA3_INLINE I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+LLAMA3_INLINE I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+LLAMA3_INLINE I flip_signs(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+#ifdef LLAMA3_BF16
+LLAMA3_INLINE F dot_bf16(F sum, I w, I x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+#endif
+
+#elif LLAMA3_WIDTH == 8
+
+using F = __m256;
+using I = __m256i;
+constexpr int lanes = 8, tile_panels = 1;
+LLAMA3_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+LLAMA3_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+LLAMA3_INLINE F splat(float x) { return _mm256_set1_ps(x); }
+LLAMA3_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+LLAMA3_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+LLAMA3_INLINE F where_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+LLAMA3_INLINE I splat_int(int x) { return _mm256_set1_epi32(x); }
+LLAMA3_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+LLAMA3_INLINE I to_int(F x) { return _mm256_cvttps_epi32(x); }
+LLAMA3_INLINE I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
+LLAMA3_INLINE I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+LLAMA3_INLINE I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
+LLAMA3_INLINE I max_int(I a, I b) { return _mm256_max_epi32(a, b); }
+template <int n> LLAMA3_INLINE I shift_left(I x) { return _mm256_slli_epi32(x, n); }
+template <int n> LLAMA3_INLINE I shift_right(I x) { return _mm256_srai_epi32(x, n); }
+LLAMA3_INLINE F as_float(I x) { return _mm256_castsi256_ps(x); }
+LLAMA3_INLINE I as_int(F x) { return _mm256_castps_si256(x); }
+LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
+    std::int32_t values[8];
+    store_int(values, x);
+    for (int i = 0; i < 8; ++i) p[i] = static_cast<std::int8_t>(values[i]);
+}
+LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+#ifdef LLAMA3_VNNI
+constexpr int signed_bias = 128, tile_tokens = 6;
+LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) { return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes); }
+LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
+#else
+constexpr int signed_bias = 0, tile_tokens = 4;
+// vpmaddubsw adds pairs of products in 16 bits and saturates: exact only if they stay small. With |w| <= 127 and the sign moved to the
+// activation a pair is at most 2 * 127 * 127 = 32258; a nibble makes 2 * 15 * 127 = 3810, and eight of those still fit.
+LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+LLAMA3_INLINE I add_pairs(I sum16, I nibbles, I x) { return _mm256_add_epi16(sum16, _mm256_maddubs_epi16(nibbles, x)); }
+LLAMA3_INLINE I finish_pairs(I sum16) { return _mm256_madd_epi16(sum16, _mm256_set1_epi16(1)); }
+#endif
+
+#else  // vectors of 4, in the compiler's own notation
+
+typedef float F __attribute__((vector_size(16)));
+typedef std::int32_t I __attribute__((vector_size(16)));
+typedef std::uint32_t U __attribute__((vector_size(16)));
+constexpr int lanes = 4, tile_tokens = 2, tile_panels = 1, signed_bias = 0;
+LLAMA3_INLINE F load(const float* p) { F x; std::memcpy(&x, p, 16); return x; }
+LLAMA3_INLINE void store(float* p, F x) { std::memcpy(p, &x, 16); }
+LLAMA3_INLINE F splat(float x) { return F{x, x, x, x}; }
+LLAMA3_INLINE F fma(F a, F b, F c) {
+    F y;
+    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
+    return y;
+}
+LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
+    const I less = a < b;
+    return (F)(((I)yes & less) | ((I)no & ~less));
+}
+LLAMA3_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    std::uint16_t x[4];
+    std::memcpy(x, p, 8);
+    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    std::int8_t x[4];
+    std::memcpy(x, p, 4);
+    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
+}
+LLAMA3_INLINE I load_bits(const std::byte* p) { I x; std::memcpy(&x, p, 16); return x; }
+LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
+LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
+LLAMA3_INLINE I to_int(F x) {
+    I y;  // not a plain conversion: it has no meaning for lanes out of range, which the processor's instruction gives this value
+    for (int i = 0; i < 4; ++i) y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
+    return y;
+}
+LLAMA3_INLINE I and_bits(I a, I b) { return a & b; }
+LLAMA3_INLINE I add_int(I a, I b) { return (I)((U)a + (U)b); }
+LLAMA3_INLINE I sub_int(I a, I b) { return (I)((U)a - (U)b); }
+LLAMA3_INLINE I max_int(I a, I b) {
+    const I greater = a > b;
+    return (a & greater) | (b & ~greater);
+}
+template <int n> LLAMA3_INLINE I shift_left(I x) { return (I)((U)x << n); }
+template <int n> LLAMA3_INLINE I shift_right(I x) { return x >> n; }
+LLAMA3_INLINE F as_float(I x) { return (F)x; }
+LLAMA3_INLINE I as_int(F x) { return (I)x; }
+LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
+    for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int8_t>(x[i]);
+}
+LLAMA3_INLINE I high_nibbles(I x) { return (I)((U)x >> 4) & splat_int(0x0f0f0f0f); }
+LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
+LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
+    std::int8_t a[16], b[16];
+    std::memcpy(a, &w, 16), std::memcpy(b, &x, 16);
+    for (int i = 0; i < 4; ++i) sum[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
+    return sum;
+}
+LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_signed(sum, nibbles, x); }
+LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
+
+#endif
+
+#ifdef LLAMA3_VNNI  // one instruction sums four products of unsigned and signed bytes in 32 bits, exactly
+LLAMA3_INLINE I dot_signed(I sum, I w, I x) { return dot_bytes(sum, flip_signs(w), x); }
+LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_bytes(sum, nibbles, x); }
+LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
+#endif
+
+LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
+
+// detail::exp, lane by lane, in the same operations.
+LLAMA3_INLINE F exp(F x) {
+    const F round = splat(12582912.0f);
+    const F n = fma(x, splat(1.44269504088896341f), round) - round;
+    const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+    F p = splat(1.0f / 5040);
+    p = fma(p, r, splat(1.0f / 720));
+    p = fma(p, r, splat(1.0f / 120));
+    p = fma(p, r, splat(1.0f / 24));
+    p = fma(p, r, splat(1.0f / 6));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    const I exponent = to_int(n), half = shift_right<1>(exponent);
+    const F first = as_float(shift_left<23>(add_int(half, splat_int(127))));
+    const F second = as_float(shift_left<23>(add_int(sub_int(exponent, half), splat_int(127))));
+    F y = p * first * second;
+    y = where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), y);
+    return where_less(x, splat(-87.33f), splat(0), y);
+}
+
+constexpr int parts = panel_rows / lanes;  // vectors per panel column
+
+// ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// §5, rmsnorm.
+void normalise(float* out, const float* x, const float* weight, int n, float eps) {
+    F sums[parts];
+    for (int h = 0; h < parts; ++h) sums[h] = splat(0);
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) {
+            const F value = load(x + i + h * lanes);
+            sums[h] = fma(value, value, sums[h]);
+        }
+    float sum[16];
+    for (int h = 0; h < parts; ++h) store(sum + h * lanes, sums[h]);
+    for (; i < n; ++i) sum[i % 16] = detail::fma(x[i], x[i], sum[i % 16]);
+    const float inverse = 1 / std::sqrt(sum_lanes(sum) / static_cast<float>(n) + eps);
+    for (i = 0; i + lanes <= n; i += lanes) store(out + i, load(x + i) * splat(inverse) * load(weight + i));
+    for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+// §8, quantise_group, for 32 floats; returns the scale and the sum of the bytes.
+LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& total) {
+    constexpr int n = block_columns / lanes;
+    I largest = splat_int(0);
+    LLAMA3_UNROLL
+    for (int i = 0; i < n; ++i) largest = max_int(largest, and_bits(as_int(load(x + i * lanes)), splat_int(0x7fffffff)));
+    std::int32_t magnitudes[lanes], most = 0;
+    store_int(magnitudes, largest);
+    for (int i = 0; i < lanes; ++i) most = std::max(most, magnitudes[i]);
+    const bool finite = most < 0x7f800000;
+    const float magnitude = finite ? std::bit_cast<float>(most) : 0.0f;
+    const float inverse = magnitude > 7.9e-31f ? 127 / magnitude : 0.0f;
+    const F round = splat(12582912.0f);
+    I sums = splat_int(0);
+    LLAMA3_UNROLL
+    for (int i = 0; i < n; ++i) {
+        const F scaled = finite ? load(x + i * lanes) * splat(inverse) : splat(0);
+        const I rounded = sub_int(as_int(scaled + round), as_int(round));
+        store_bytes(bytes + i * lanes, rounded);
+        sums = add_int(sums, rounded);
+    }
+    store_int(magnitudes, sums);
+    total = 0;
+    for (int i = 0; i < lanes; ++i) total += magnitudes[i];
+    return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Puts the columns of up to tile_tokens tokens in the order in which a tile reads them: f32 [column][token]; bf16
+// [pair of columns][token]; for q8 and q4 per block [8 groups of 4 bytes][token], [token] scales, [token] sums.
+void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns) {
+    const std::size_t n = static_cast<std::size_t>(tokens), width = static_cast<std::size_t>(round_up(columns, 64));
+    for (std::size_t t = 0; t < n; ++t) {
+        const float* row = x + t * stride;
+        if (format == Format::f32)
+            for (std::size_t c = 0; c < width; ++c) store_as(out + 4 * (c * n + t), row[c]);
+        else if (format == Format::bf16)
+            for (std::size_t c = 0; c < width; ++c) store_as(out + 4 * (c / 2 * n + t) + 2 * (c % 2), to_bf16(row[c]));
+        else
+            for (std::size_t block = 0; block < width / block_columns; ++block) {
+                std::int8_t bytes[block_columns];
+                std::int32_t total;
+                const float scale = quantise(row + block * block_columns, bytes, total);
+                std::byte* to = out + block * 40 * n;
+                for (std::size_t g = 0; g < 8; ++g) std::memcpy(to + 4 * (g * n + t), bytes + 4 * g, 4);
+                store_as(to + 32 * n + 4 * t, scale);
+                store_as(to + 36 * n + 4 * t, total);
+            }
+    }
+}
+
+// One unit of P panels times N tokens, added to the chains sums[panel][part][token]; x moves on to the next unit.
+template <int P, int N>
+LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    LLAMA3_UNROLL
+    for (int t = 0; t < N; ++t) {
+        const F value = splat(load_as<float>(x + 4 * t));
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                sums[p][h][t] = fma(load(reinterpret_cast<const float*>(w[p]) + h * lanes), value, sums[p][h][t]);
+    }
+    x += 4 * N;
+}
+
+template <int P, int N>
+LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p)
+        LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) {
+            const I pairs = load_bits(w[p] + h * lanes * 4);
+#ifdef LLAMA3_BF16
+            LLAMA3_UNROLL
+            for (int t = 0; t < N; ++t) sums[p][h][t] = dot_bf16(sums[p][h][t], pairs, splat_four(x + 4 * t));
+#else
+            const F even = as_float(shift_left<16>(pairs)), odd = as_float(and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
+            LLAMA3_UNROLL
+            for (int t = 0; t < N; ++t) {
+                sums[p][h][t] = fma(even, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t))), sums[p][h][t]);
+                sums[p][h][t] = fma(odd, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t + 2))), sums[p][h][t]);
+            }
+#endif
+        }
+    x += 4 * N;
+}
+
+template <int N>
+LLAMA3_INLINE void add_block(F (&sums)[N], const I (&dots)[N], const std::byte* scales, const std::byte* x) {
+    const F w_scale = load_fp16(reinterpret_cast<const std::uint16_t*>(scales));
+    LLAMA3_UNROLL
+    for (int t = 0; t < N; ++t) sums[t] = fma(to_float(dots[t]), w_scale * splat(load_as<float>(x + 32 * N + 4 * t)), sums[t]);
+}
+
+template <int P, int N>
+LLAMA3_INLINE void multiply_unit(Q8, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    for (int block = 0; block < 2; ++block, x += 40 * N) {
+        I dots[P][parts][N];
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) {
+            const I start = splat_int(signed_bias ? -signed_bias * load_as<std::int32_t>(x + 36 * N + 4 * t) : 0);
+            LLAMA3_UNROLL
+            for (int p = 0; p < P; ++p)
+                LLAMA3_UNROLL
+                for (int h = 0; h < parts; ++h) dots[p][h][t] = start;
+        }
+        LLAMA3_UNROLL
+        for (int v = 0; v < 8; ++v)
+            LLAMA3_UNROLL
+            for (int p = 0; p < P; ++p)
+                LLAMA3_UNROLL
+                for (int h = 0; h < parts; ++h) {
+                    const I weights = load_bits(w[p] + 64 * (8 * block + v) + h * lanes * 4);
+                    LLAMA3_UNROLL
+                    for (int t = 0; t < N; ++t) dots[p][h][t] = dot_signed(dots[p][h][t], weights, splat_four(x + 4 * (v * N + t)));
+                }
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q8::vectors + 32 * block + 2 * h * lanes, x);
+    }
+}
+
+template <int P, int N>
+LLAMA3_INLINE void multiply_unit(Q4, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    for (int block = 0; block < 2; ++block, x += 40 * N) {
+        I dots[P][parts][N];
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                LLAMA3_UNROLL
+                for (int t = 0; t < N; ++t) dots[p][h][t] = splat_int(0);
+        LLAMA3_UNROLL
+        for (int v = 0; v < 4; ++v)
+            LLAMA3_UNROLL
+            for (int p = 0; p < P; ++p)
+                LLAMA3_UNROLL
+                for (int h = 0; h < parts; ++h) {
+                    const I nibbles = load_bits(w[p] + 64 * (4 * block + v) + h * lanes * 4);
+                    const I low = low_nibbles(nibbles), high = high_nibbles(nibbles);
+                    LLAMA3_UNROLL
+                    for (int t = 0; t < N; ++t) {
+                        dots[p][h][t] = add_pairs(dots[p][h][t], low, splat_four(x + 4 * (2 * v * N + t)));
+                        dots[p][h][t] = add_pairs(dots[p][h][t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
+                    }
+                }
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) {
+                LLAMA3_UNROLL
+                for (int t = 0; t < N; ++t)
+                    dots[p][h][t] = add_int(finish_pairs(dots[p][h][t]), splat_int(-8 * load_as<std::int32_t>(x + 36 * N + 4 * t)));
+                add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q4::vectors + 32 * block + 2 * h * lanes, x);
+            }
+    }
+}
+
+// A register tile: P panels from `panel` on, N tokens packed at x. One chain per segment, joined by the tree.
+template <class Type, int P, int N>
+void multiply_tile(const Product& product, int panel, const std::byte* x, float* out) {
+    const Matrix& w = product.w;
+    const int units = w.units() / w.segments;
+    const std::byte* data[P];
+    for (int p = 0; p < P; ++p) data[p] = w.panel(panel + p);
+    F parts_of_sum[max_segments][P][parts][N];
+    for (int s = 0; s < w.segments; ++s) {
+        F sums[P][parts][N];
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                LLAMA3_UNROLL
+                for (int t = 0; t < N; ++t) sums[p][h][t] = splat(0);
+        for (int u = 0; u < units; ++u) {
+            if constexpr (P == 1)
+                for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64) __builtin_prefetch(data[0] + 4096 + line);
+            multiply_unit<P, N>(Type{}, sums, data, x);
+            LLAMA3_UNROLL
+            for (int p = 0; p < P; ++p) data[p] += unit_bytes(Type::format);
+        }
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                LLAMA3_UNROLL
+                for (int t = 0; t < N; ++t) parts_of_sum[s][p][h][t] = sums[p][h][t];
+    }
+    for (int p = 0; p < P; ++p)
+        for (int h = 0; h < parts; ++h)
+            for (int t = 0; t < N; ++t) {
+                for (int n = w.segments; n > 1; n /= 2)
+                    for (int s = 0; s < n / 2; ++s) parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
+                float* to = out + static_cast<std::size_t>(t) * product.stride + static_cast<std::size_t>((panel + p) * panel_rows + h * lanes);
+                store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
+            }
+}
+
+template <class Type, int P, int N>
+void multiply_tokens(const Product& product, int panel, int tokens, const std::byte* x, float* out) {
+    if constexpr (N > 1)
+        if (tokens < N) return multiply_tokens<Type, P, N - 1>(product, panel, tokens, x, out);
+    multiply_tile<Type, P, N>(product, panel, x, out);
+}
+
+template <class Type>
+void multiply_as(const Product& product) {
+    const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
+    for (int panel = product.first_panel; panel < product.last_panel;) {
+        const int n_panels = product.tokens >= tile_tokens && panel + tile_panels <= product.last_panel ? tile_panels : 1;
+        for (int t = 0; t < product.tokens; t += tile_tokens) {
+            const int tokens = std::min(tile_tokens, product.tokens - t);
+            const std::byte* x = product.x + static_cast<std::size_t>(t) * token_bytes;
+            float* out = product.out + static_cast<std::size_t>(t) * product.stride;
+            if (n_panels == tile_panels && tokens == tile_tokens) multiply_tile<Type, tile_panels, tile_tokens>(product, panel, x, out);
+            else
+                for (int p = 0; p < n_panels; ++p) multiply_tokens<Type, 1, tile_tokens>(product, panel + p, tokens, x, out);
+        }
+        panel += n_panels;
+    }
+}
+
+void multiply(const Product& product) {
+    with_format(product.w.format, [&](auto type) { multiply_as<decltype(type)>(product); });
+}
+
+void swiglu(float* gate, const float* up, int n) {
+    for (int i = 0; i < n; i += lanes) {
+        const F g = load(gate + i);
+        store(gate + i, g / (splat(1) + exp(splat(0) - g)) * load(up + i));
+    }
+}
+
+// 16 keys' channel e, or a vector of a value's channels, as floats.
+template <Format kv>
+LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
+    if constexpr (kv == Format::f32) return load(reinterpret_cast<const float*>(from) + index);
+    else if constexpr (kv == Format::bf16) return load_bf16(from + 2 * index);
+    else return load_bytes(from + index) * scale;
+}
+
+// One segment of G heads. Scores first (lane = position), then the softmax over the segment, then the mix (lane = channel).
+template <Format kv, int G>
+void attend_segment(const Attention& a, const float* query, int first, int count, float* largest, float* total, float* mix) {
+    const CacheView& cache = a.cache;
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim), padded = static_cast<std::size_t>(padded_width(cache.head_dim));
+    const std::size_t groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
+    const F scale = splat(1 / std::sqrt(static_cast<float>(cache.head_dim)));
+    float* scores = a.scratch;
+    for (int j = 0; j < count; j += 16) {
+        const std::size_t tile = static_cast<std::size_t>(first + j) / 16;
+        F dots[G][parts];
+        LLAMA3_UNROLL
+        for (int g = 0; g < G; ++g)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) dots[g][h] = splat(0);
+        for (std::size_t e = 0; e < width; ++e)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) {
+                F key_scale = splat(0);
+                if constexpr (kv == Format::q8) key_scale = load_fp16(cache.key_scales + (tile * groups + e / block_columns) * 16 + static_cast<std::size_t>(h * lanes));
+                const F key = load_cached<kv>(cache.keys, (tile * width + e) * 16 + static_cast<std::size_t>(h * lanes), key_scale);
+                LLAMA3_UNROLL
+                for (int g = 0; g < G; ++g) dots[g][h] = fma(splat(query[static_cast<std::size_t>(g) * width + e]), key, dots[g][h]);
+            }
+        LLAMA3_UNROLL
+        for (int g = 0; g < G; ++g)
+            LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) store(scores + g * attention_segment + j + h * lanes, dots[g][h] * scale);
+    }
+    for (int g = 0; g < G; ++g) {
+        float* row = scores + g * attention_segment;
+        const int filled = static_cast<int>(round_up(count, 16));
+        for (int j = count; j < filled; ++j) row[j] = -std::numeric_limits<float>::infinity();  // positions that are not there yet
+        F most = load(row);
+        for (int j = lanes; j < filled; j += lanes) most = max(most, load(row + j));
+        float values[16];
+        store(values, most);
+        largest[g] = values[0];
+        for (int i = 1; i < lanes; ++i) largest[g] = std::max(largest[g], values[i]);
+        F sums[parts];
+        for (int h = 0; h < parts; ++h) sums[h] = splat(0);
+        for (int j = 0; j < filled; j += 16)
+            for (int h = 0; h < parts; ++h) {
+                const F p = exp(load(row + j + h * lanes) - splat(largest[g]));
+                store(row + j + h * lanes, p);
+                sums[h] = sums[h] + p;
+            }
+        for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
+        total[g] = sum_lanes(values);
+    }
+    constexpr int vectors = parts == 1 ? 1 : 2;  // channels at a time: a divisor of 16 / lanes
+    for (std::size_t c = 0; c < padded; c += static_cast<std::size_t>(vectors * lanes)) {
+        F sums[G][vectors];
+        LLAMA3_UNROLL
+        for (int g = 0; g < G; ++g)
+            LLAMA3_UNROLL
+            for (int v = 0; v < vectors; ++v) sums[g][v] = splat(0);
+        for (int j = 0; j < count; ++j) {
+            const std::size_t position = static_cast<std::size_t>(first + j);
+            F value_scale = splat(0);
+            if constexpr (kv == Format::q8) value_scale = splat(from_fp16(cache.value_scales[position * groups + c / block_columns]));
+            LLAMA3_UNROLL
+            for (int v = 0; v < vectors; ++v) {
+                const F value = load_cached<kv>(cache.values, position * padded + c + static_cast<std::size_t>(v * lanes), value_scale);
+                LLAMA3_UNROLL
+                for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
+            }
+        }
+        for (int g = 0; g < G; ++g)
+            for (int v = 0; v < vectors; ++v) store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
+    }
+}
+
+// G heads over all segments, joined in order (§5, attend_reference).
+template <Format kv, int G>
+void attend_heads(const Attention& a, int head) {
+    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim), padded = static_cast<std::size_t>(padded_width(a.cache.head_dim));
+    const float* query = a.query + static_cast<std::size_t>(head) * width;
+    float* mix = a.scratch + 4 * attention_segment;
+    float* joined = mix + 4 * padded;
+    float largest[G], total[G], segment_largest[G], segment_total[G];
+    attend_segment<kv, G>(a, query, 0, std::min(a.n, attention_segment), largest, total, joined);
+    for (int first = attention_segment; first < a.n; first += attention_segment) {
+        attend_segment<kv, G>(a, query, first, std::min(a.n - first, attention_segment), segment_largest, segment_total, mix);
+        for (int g = 0; g < G; ++g) {
+            const float both = std::max(largest[g], segment_largest[g]);
+            const float old_share = detail::exp(largest[g] - both), new_share = detail::exp(segment_largest[g] - both);
+            total[g] = detail::fma(segment_total[g], new_share, total[g] * old_share);
+            largest[g] = both;
+            for (std::size_t e = static_cast<std::size_t>(g) * padded; e < static_cast<std::size_t>(g + 1) * padded; e += lanes)
+                store(joined + e, fma(load(mix + e), splat(new_share), load(joined + e) * splat(old_share)));
+        }
+    }
+    for (int g = 0; g < G; ++g) {
+        const float inverse = 1 / total[g];
+        for (std::size_t e = 0; e < width; ++e) a.out[static_cast<std::size_t>(head + g) * width + e] = joined[static_cast<std::size_t>(g) * padded + e] * inverse;
+    }
+}
+
+template <Format kv>
+void attend_as(const Attention& a) {
+    int head = 0;
+    for (; head + 4 <= a.n_queries; head += 4) attend_heads<kv, 4>(a, head);
+    if (head + 2 <= a.n_queries) attend_heads<kv, 2>(a, head), head += 2;
+    if (head < a.n_queries) attend_heads<kv, 1>(a, head);
+}
+
+void attend(const Attention& a) {
+    if (a.cache.format == Format::f32) attend_as<Format::f32>(a);
+    else if (a.cache.format == Format::bf16) attend_as<Format::bf16>(a);
+    else attend_as<Format::q8>(a);
+}
+
+#ifdef LLAMA3_BF16
+constexpr bool own_bf16 = true;
+#else
+constexpr bool own_bf16 = false;
+#endif
+const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS), tile_tokens, own_bf16, normalise, pack, multiply, swiglu, attend};
+
+}  // namespace LLAMA3_KERNELS
+}  // namespace detail
+}  // namespace llama3
+
+#endif  // LLAMA3_KERNELS
+
+#ifndef LLAMA3_KERNELS
+
+// ═══ §10  Choosing the instruction set ═════════════════════════════════════════════════════════════════════════════════════════
+//
+// The sets that were compiled, best first; the first that this processor has is taken, or the one that Options::isa or LLAMA3_ISA names.
+
+namespace llama3 {
+namespace detail {
+
+struct KernelChoice {
+    const Kernels* kernels;
+    bool supported;
+};
+
+std::vector<KernelChoice> all_kernels() {
+    std::vector<KernelChoice> choices;
+#ifdef LLAMA3_X86_KERNELS
+    const CpuFeatures cpu = cpu_features();
+    choices.push_back({&avx512_bf16::kernels, cpu.avx512 && cpu.avx512_vnni && cpu.avx512_bf16});
+    choices.push_back({&avx512::kernels, cpu.avx512 && cpu.avx512_vnni});
+    choices.push_back({&avx_vnni::kernels, cpu.avx2_fma_f16c && cpu.avx_vnni});
+    choices.push_back({&avx2::kernels, cpu.avx2_fma_f16c});
+#endif
+    choices.push_back({&baseline::kernels, true});
+    return choices;
+}
+
+const Kernels& choose_kernels(const std::string& wanted) {
+    const std::string name = wanted.empty() ? environment("LLAMA3_ISA") : wanted;
+    std::string available;
+    for (const KernelChoice& choice : all_kernels()) {
+        if (!choice.supported) continue;
+        if (name.empty() || name == choice.kernels->name) return *choice.kernels;
+        available += (available.empty() ? "" : ", ") + std::string(choice.kernels->name);
+    }
+    fail(Code::device, wanted.empty() ? "LLAMA3_ISA" : "instruction set", "this machine cannot run it (found '" + name + "', expected one of " + available + ")",
+         "Choose one of these, or none for the best");
+}
+
+}  // namespace detail
+}  // namespace llama3
+
+// ═══ §11  Threads ══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// A team runs one function on every thread; threads meet at barriers. With OpenMP the team is a parallel region, so that a host
+// that uses OpenMP itself keeps one pool of threads; without, the threads are ours and sleep between the calls.
+
+namespace llama3 {
+namespace detail {
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Waits a little for `word` to change from `old`: first spinning, for partners that run, then asleep, for those that do not.
+inline void wait_for_change(const std::atomic<std::uint32_t>& word, std::uint32_t old) {
+    for (int i = 0; i < 1050; ++i) {
+        if (word.load(std::memory_order_acquire) != old) return;
+        if (i < 1000) pause_briefly();
+        else std::this_thread::yield();
+    }
+    while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
+}
+
+class Barrier {
+public:
+    void resize(int threads) { threads_ = threads; }
+    // The last thread to arrive calls f before the others go on.
+    template <class F>
+    void wait(F&& f) {
+        const std::uint32_t phase = phase_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            f();
+            phase_.store(phase + 1, std::memory_order_release);
+            phase_.notify_all();
+        } else {
+            wait_for_change(phase_, phase);
+        }
+    }
+
+private:
+    int threads_ = 1;
+    std::atomic<int> arrived_{0};
+    std::atomic<std::uint32_t> phase_{0};
+};
+
+#ifdef _OPENMP
+
+class Team {
+public:
+    explicit Team(int threads) : threads_(threads) {}
+    int threads() const { return threads_; }
+    static const char* name() { return "OpenMP"; }
+    // f(thread, number of threads), which may be fewer than asked for; must not throw.
+    template <class F>
+    void run(Barrier& barrier, const F& f) {
+#pragma omp parallel num_threads(threads_)
+        {
+#pragma omp single
+            barrier.resize(omp_get_num_threads());
+            f(omp_get_thread_num(), omp_get_num_threads());
+        }
+    }
+
+private:
+    int threads_;
+};
+
+#else
+
+class Team {
+public:
+    explicit Team(int threads) : threads_(threads) {
+        try {
+            for (int i = 1; i < threads; ++i) members_.emplace_back([this, i] { serve(i); });
+        } catch (...) {  // the system has no more threads: run with those there are
+            threads_ = static_cast<int>(members_.size()) + 1;
+        }
+    }
+    ~Team() {
+        stop_ = true;
+        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.notify_all();
+        for (std::thread& member : members_) member.join();
+    }
+    int threads() const { return threads_; }
+    static const char* name() { return "std::thread"; }
+    template <class F>
+    void run(Barrier& barrier, const F& f) {
+        barrier.resize(threads_);
+        task_ = [](const void* context, int thread, int threads) { (*static_cast<const F*>(context))(thread, threads); };
+        context_ = &f;
+        working_.store(static_cast<std::uint32_t>(threads_ - 1), std::memory_order_relaxed);
+        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.notify_all();
+        f(0, threads_);
+        for (std::uint32_t left = working_.load(std::memory_order_acquire); left != 0; left = working_.load(std::memory_order_acquire))
+            wait_for_change(working_, left);
+    }
+
+private:
+    void serve(int thread) {
+        for (std::uint32_t epoch = 0;;) {
+            wait_for_change(epoch_, epoch);
+            ++epoch;
+            if (stop_) return;
+            task_(context_, thread, threads_);
+            working_.fetch_sub(1, std::memory_order_release);
+            working_.notify_all();
+        }
+    }
+
+    int threads_;
+    std::vector<std::thread> members_;
+    void (*task_)(const void*, int, int) = nullptr;
+    const void* context_ = nullptr;
+    std::atomic<bool> stop_{false};
+    std::atomic<std::uint32_t> epoch_{0}, working_{0};
+};
+
+#endif
+
+}  // namespace detail
+}  // namespace llama3
+
+// ═══ §12  The CPU back end ═════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Every thread runs forward(); a stage does the thread's share and ends at a barrier. Shares are contiguous runs of panels, so that
+// each thread reads one stream of weights. The bits are those of §5, stage by stage: only the order in which outputs are made differs.
+
+namespace llama3 {
+namespace detail {
+
+// The CPU's cache: per layer and key/value head the arrays of CacheView, one after the other.
+class CpuCache final : public KVCache {
+public:
+    static std::size_t head_bytes(const Config& config, int capacity, Format format) {
+        const std::size_t positions = static_cast<std::size_t>(round_up(capacity, 16)), groups = static_cast<std::size_t>(scale_groups(config.head_dim));
+        const std::size_t element = format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1, scales = format == Format::q8 ? 2 * groups : 0;
+        const std::size_t per_position = element * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) + 2 * scales;
+        return static_cast<std::size_t>(round_up(static_cast<std::int64_t>(positions * per_position), 64));
+    }
+    static std::size_t bytes(const Config& config, int capacity, Format format) {
+        return head_bytes(config, capacity, format) * static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(config.n_kv_heads);
+    }
+
+    CpuCache(const Config& config, int capacity, Format format)
+        : n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity), format_(format),
+          head_bytes_(head_bytes(config, capacity, format)), memory_(bytes(config, capacity, format)) {}
+
+    int capacity() const override { return capacity_; }
+
+    CacheView view(int layer, int head) const {
+        const std::size_t positions = static_cast<std::size_t>(round_up(capacity_, 16)), width = static_cast<std::size_t>(head_dim_);
+        const std::size_t padded = static_cast<std::size_t>(padded_width(head_dim_)), groups = static_cast<std::size_t>(scale_groups(head_dim_));
+        const std::size_t element = format_ == Format::f32 ? 4 : format_ == Format::bf16 ? 2 : 1;
+        std::byte* at = memory_.data() + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(n_kv_heads_) + static_cast<std::size_t>(head)) * head_bytes_;
+        CacheView view{format_, at, nullptr, at + positions * width * element, nullptr, head_dim_};
+        if (format_ == Format::q8) {
+            view.key_scales = reinterpret_cast<std::uint16_t*>(view.values + positions * padded);
+            view.value_scales = view.key_scales + positions * groups;
+        }
+        return view;
+    }
+
+    // Writes the key and value [E] of one position.
+    void store(int layer, int head, int position, const float* key, const float* value) {
+        const CacheView view = this->view(layer, head);
+        const std::size_t width = static_cast<std::size_t>(head_dim_), padded = static_cast<std::size_t>(padded_width(head_dim_));
+        const std::size_t groups = static_cast<std::size_t>(scale_groups(head_dim_));
+        const std::size_t p = static_cast<std::size_t>(position), tile = p / 16 * width * 16 + p % 16;
+        for (std::size_t first = 0; first < width; first += block_columns) {
+            const std::size_t n = std::min<std::size_t>(block_columns, width - first);
+            if (format_ == Format::q8) {
+                std::int8_t bytes[block_columns];
+                const std::size_t group = first / block_columns;
+                view.key_scales[(p / 16 * groups + group) * 16 + p % 16] = quantise_channels(key + first, static_cast<int>(n), bytes);
+                for (std::size_t i = 0; i < n; ++i) view.keys[tile + (first + i) * 16] = static_cast<std::byte>(bytes[i]);
+                view.value_scales[p * groups + group] = quantise_channels(value + first, static_cast<int>(n), bytes);
+                std::memcpy(view.values + p * padded + first, bytes, n);
+            } else {
+                for (std::size_t i = first; i < first + n; ++i) {
+                    if (format_ == Format::bf16) {
+                        store_as(view.keys + 2 * (tile + i * 16), to_bf16(key[i]));
+                        store_as(view.values + 2 * (p * padded + i), to_bf16(value[i]));
+                    } else {
+                        store_as(view.keys + 4 * (tile + i * 16), key[i]);
+                        store_as(view.values + 4 * (p * padded + i), value[i]);
+                    }
+                }
+            }
+        }
+    }
+
+private:
+    int n_kv_heads_, head_dim_, capacity_;
+    Format format_;
+    std::size_t head_bytes_;
+    AlignedBuffer memory_;
+};
+
+// Hands out the parts of one piece of memory; without memory it only counts.
+class Arena {
+public:
+    template <class T>
+    T* take(std::size_t n) {
+        const std::size_t at = used_;
+        used_ += static_cast<std::size_t>(round_up(static_cast<std::int64_t>(n * sizeof(T)), 64));
+        return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
+    }
+    Tensor tensor(int rows, int columns) {
+        const std::size_t stride = static_cast<std::size_t>(round_up(columns, 64));
+        return {take<float>(static_cast<std::size_t>(rows) * stride), rows, columns, stride};
+    }
+    std::size_t used() const { return used_; }
+    void place(std::byte* memory) { memory_ = memory, used_ = 0; }
+
+private:
+    std::byte* memory_ = nullptr;
+    std::size_t used_ = 0;
+};
+
+struct CpuBuffers {
+    Tensor x, query, key, value, mixed, hidden, up;
+    std::byte* packed;       // activations in the order of a product's tiles
+    float* turns;            // [T, E] cos and sin of each row's position
+    float* scratch;          // [threads, scratch_floats] rows of a thread's own
+    std::size_t scratch_floats;
+
+    CpuBuffers(Arena& arena, const Config& c, int rows, int threads) {
+        const int widest = std::max({c.dim, c.n_heads * c.head_dim, c.ffn_dim});
+        const std::size_t n = static_cast<std::size_t>(rows);
+        x = arena.tensor(rows, c.dim);
+        query = arena.tensor(rows, c.n_heads * c.head_dim);
+        key = arena.tensor(rows, c.n_kv_heads * c.head_dim);
+        value = arena.tensor(rows, c.n_kv_heads * c.head_dim);
+        mixed = arena.tensor(rows, c.n_heads * c.head_dim);
+        hidden = arena.tensor(rows, c.ffn_dim);
+        up = arena.tensor(rows, c.ffn_dim);
+        packed = arena.take<std::byte>(n * packed_bytes(Format::f32, widest));
+        turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
+        scratch_floats = std::max<std::size_t>(8 * static_cast<std::size_t>(round_up(c.dim, 64)),
+                                               4 * attention_segment + 8 * static_cast<std::size_t>(padded_width(c.head_dim)));
+        scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
+    }
+};
+
+class CpuBackend final : public Backend {
+public:
+    CpuBackend(Model model, const Options& options)
+        : model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)),
+          team_(options.threads), rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
+          memory_(buffer_bytes(config_, rows_, team_.threads())), buffers_(place(arena_, memory_), config_, rows_, team_.threads()) {}
+
+    static std::size_t buffer_bytes(const Config& config, int rows, int threads) {
+        Arena count;
+        const CpuBuffers counted(count, config, rows, threads);
+        return count.used();
+    }
+
+    std::unique_ptr<KVCache> make_cache() override { return std::make_unique<CpuCache>(config_, context_, kv_); }
+    int max_rows() const override { return rows_; }
+    std::span<const float> logits(int i) const override {
+        return {logits_.data() + static_cast<std::size_t>(i) * logits_stride(), static_cast<std::size_t>(config_.vocab_size)};
+    }
+    std::string describe() const override {
+        return std::string(kernels_.name) + ", CPU, " + std::to_string(team_.threads()) + (team_.threads() == 1 ? " thread (" : " threads (") + Team::name() + ")";
+    }
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override;
+
+private:
+    friend class CpuWorker;
+    static Arena& place(Arena& arena, const AlignedBuffer& memory) {
+        arena.place(memory.data());
+        return arena;
+    }
+    std::size_t logits_stride() const { return static_cast<std::size_t>(round_up(config_.vocab_size, 64)); }
+
+    Model model_;
+    Config config_;
+    int context_;
+    Format kv_;
+    const Kernels& kernels_;
+    Team team_;
+    Barrier barrier_;
+    int rows_;
+    std::vector<float> frequencies_;
+    Arena arena_;
+    AlignedBuffer memory_;
+    CpuBuffers buffers_;
+    std::vector<float> logits_;       // [rows that wanted them, V rounded up]
+    std::vector<int> logits_rows_;    // which rows want logits
+    const std::atomic<bool>* cancel_ = nullptr;
+    bool stopped_ = false;            // read and written at barriers only, so that all threads agree
+};
+
+// One thread's part of every stage.
+class CpuWorker final : public Stages {
+public:
+    CpuWorker(CpuBackend& backend, int thread, int threads)
+        : b_(backend), config_(backend.config_), kernels_(backend.kernels_), buffers_(backend.buffers_), thread_(thread), threads_(threads),
+          scratch_(buffers_.scratch + static_cast<std::size_t>(thread) * buffers_.scratch_floats) {}
+
+    void embed(Tensor x, const Matrix& table, const Batch& batch) override {
+        n_tokens_ = batch.size();
+        const auto [first, last] = share(n_tokens_);
+        for (int t = first; t < last; ++t) {
+            decode_row(table, batch.rows[static_cast<std::size_t>(t)].token, x.row(t));
+            rope_turns(turns(t), b_.frequencies_, batch.rows[static_cast<std::size_t>(t)].position);
+        }
+        meet();
+    }
+
+    void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) override {
+        if (b_.stopped_) return;
+        pack_rows(layer.query.format, x, n_tokens_, layer.attention_norm);
+        const int queries = layer.query.panels(), keys = layer.key.panels(), values = layer.value.panels();
+        const auto [first, last] = share(queries + keys + values);
+        multiply_panels(layer.query, query, n_tokens_, first, last);
+        multiply_panels(layer.key, buffers_.key, n_tokens_, first - queries, last - queries);
+        multiply_panels(layer.value, buffers_.value, n_tokens_, first - queries - keys, last - queries - keys);
+        meet();
+        const int n_heads = config_.n_heads, all_heads = n_heads + config_.n_kv_heads, head_dim = config_.head_dim;
+        const auto [first_head, last_head] = share(n_tokens_ * all_heads);
+        for (int i = first_head; i < last_head; ++i) {
+            const int t = i / all_heads, head = i % all_heads;
+            const Row& row = batch.rows[static_cast<std::size_t>(t)];
+            if (head < n_heads) {
+                rope(query.row(t) + head * head_dim, turns(t), head_dim);
+            } else {
+                float* key = buffers_.key.row(t) + (head - n_heads) * head_dim;
+                const float* value = buffers_.value.row(t) + (head - n_heads) * head_dim;
+                rope(key, turns(t), head_dim);
+                static_cast<CpuCache*>(row.cache)->store(layer.index, head - n_heads, row.position, key, value);
+            }
+        }
+        meet();
+    }
+
+    void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
+        if (b_.stopped_) return;
+        const int shared = config_.n_heads / config_.n_kv_heads;
+        for (int i = thread_; i < n_tokens_ * config_.n_kv_heads; i += threads_) {  // later tokens see more: deal them out in turn
+            const int head = i / n_tokens_, t = i % n_tokens_, column = head * shared * config_.head_dim;
+            const Row& row = batch.rows[static_cast<std::size_t>(t)];
+            const CacheView cache = static_cast<const CpuCache*>(row.cache)->view(layer.index, head);
+            kernels_.attend({cache, query.row(t) + column, mixed.row(t) + column, scratch_, shared, row.position + 1});
+        }
+        meet();
+    }
+
+    void project_out(Tensor x, Tensor mixed, const Layer& layer) override { add_product(x, layer.attention_out, mixed); }
+
+    void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
+        if (b_.stopped_) return;
+        pack_rows(layer.gate.format, x, n_tokens_, layer.ffn_norm);
+        const auto [first, last] = share(layer.gate.panels());
+        multiply_panels(layer.gate, hidden, n_tokens_, first, last);
+        multiply_panels(layer.up, buffers_.up, n_tokens_, first, last);
+        const int column = first * panel_rows, columns = (last - first) * panel_rows;  // made by this thread: no barrier in between
+        for (int t = 0; t < n_tokens_; ++t) kernels_.swiglu(hidden.row(t) + column, buffers_.up.row(t) + column, columns);
+        meet();
+    }
+
+    void down(Tensor x, Tensor hidden, const Layer& layer) override { add_product(x, layer.down, hidden); }
+
+    void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
+        if (b_.stopped_ || logits.rows == 0) return;
+        pack_rows(weights.output.format, x, logits.rows, weights.final_norm, b_.logits_rows_.data());
+        const auto [first, last] = share(weights.output.panels());
+        multiply_panels(weights.output, logits, logits.rows, first, last);
+        meet();
+    }
+
+private:
+    struct Range {
+        int first, last;
+    };
+    // This thread's contiguous part of n items.
+    Range share(int n) const {
+        const auto border = [&](int i) { return static_cast<int>(static_cast<std::int64_t>(n) * i / threads_); };
+        return {border(thread_), border(thread_ + 1)};
+    }
+    void meet() {
+        b_.barrier_.wait([this] { b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed); });
+    }
+    float* turns(int t) const { return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim); }
+
+    // Rows 0 to n - 1 of x (or those that `rows` lists), normalised if there is a norm, packed for products.
+    void pack_rows(Format format, Tensor x, int n, const float* norm, const int* rows = nullptr) {
+        const int tile = kernels_.tile_tokens;
+        const auto [first, last] = share((n + tile - 1) / tile);
+        for (int t = first * tile; t < std::min(last * tile, n); t += tile) {
+            const int tokens = std::min(tile, n - t);
+            for (int i = 0; norm && i < tokens; ++i)
+                kernels_.normalise(scratch_ + static_cast<std::size_t>(i) * x.stride, x.row(rows ? rows[t + i] : t + i), norm, x.columns, config_.norm_eps);
+            if (norm)  // what other stages left behind the last column
+                for (int i = 0; i < tokens; ++i)
+                    std::fill(scratch_ + static_cast<std::size_t>(i) * x.stride + x.columns, scratch_ + static_cast<std::size_t>(i + 1) * x.stride, 0.0f);
+            kernels_.pack(format, buffers_.packed + static_cast<std::size_t>(t) * packed_bytes(format, x.columns), norm ? scratch_ : x.row(t), x.stride, tokens, x.columns);
+        }
+        meet();
+    }
+
+    // Panels [first, last) of W, as far as it has them, times the packed rows.
+    void multiply_panels(const Matrix& w, Tensor out, int n, int first, int last, bool add = false) {
+        first = std::max(first, 0), last = std::min(last, w.panels());
+        if (first < last) kernels_.multiply({w, buffers_.packed, n, out.data, out.stride, add, first, last});
+    }
+
+    void add_product(Tensor x, const Matrix& w, Tensor input) {
+        if (b_.stopped_) return;
+        pack_rows(w.format, input, n_tokens_, nullptr);
+        const auto [first, last] = share(w.panels());
+        multiply_panels(w, x, n_tokens_, first, last, true);
+        meet();
+    }
+
+    CpuBackend& b_;
+    const Config& config_;
+    const Kernels& kernels_;
+    const CpuBuffers& buffers_;
+    int thread_, threads_, n_tokens_ = 0;
+    float* scratch_;
+};
+
+bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
+    logits_rows_.clear();
+    for (int t = 0; t < batch.size(); ++t)
+        if (batch.rows[static_cast<std::size_t>(t)].wants_logits) logits_rows_.push_back(t);
+    logits_.resize(logits_rows_.size() * logits_stride());
+    cancel_ = cancel, stopped_ = false;
+    const Tensor logits{logits_.data(), static_cast<int>(logits_rows_.size()), config_.vocab_size, logits_stride()};
+    const Activations activations{buffers_.x, buffers_.query, buffers_.mixed, buffers_.hidden, logits};
+    team_.run(barrier_, [&](int thread, int threads) {
+        const FloatEnvironment environment;
+        CpuWorker worker(*this, thread, threads);
+        forward(worker, model_.weights(), activations, batch);
+    });
+    return !stopped_;
+}
+
+class CpuDevice final : public Device {
+public:
+    std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+        return std::make_unique<CpuBackend>(model, with_threads(options));
+    }
+    std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
+        return CpuCache::bytes(config, options.context, options.kv);
+    }
+    std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
+        return CpuBackend::buffer_bytes(config, std::min(options.chunk, options.context), with_threads(options).threads);
+    }
+
+private:
+    static Options with_threads(Options options) {
+        if (options.threads == 0) options.threads = usable_cpus();
+        return options;
+    }
+};
+
+}  // namespace detail
+
+std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
+
+}  // namespace llama3
+
+// ═══ §13  Ranks ════════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Tensor splitting: a rank owns H/R query heads, K/R key/value heads and F/R hidden channels, that is, rows of query, key, value, gate
+// and up, and the segments of columns of attention_out and down that meet them.
+
+namespace llama3 {
+namespace detail {
+
+// Which numbers of ranks can share a model: R divides the query heads, and divides the key/value heads or is a multiple of them.
+void check_ranks(const Config& config, int ranks, int available) {
+    std::string possible;
+    for (int r = 1; r <= available; ++r)
+        if (config.n_heads % r == 0 && (config.n_kv_heads % r == 0 || r % config.n_kv_heads == 0)) {
+            if (r == ranks) return;
+            possible += (possible.empty() ? "" : ", ") + std::to_string(r);
+        }
+    fail(Code::argument, "ranks", std::to_string(ranks) + " ranks cannot share " + std::to_string(config.n_heads) + " query and " +
+         std::to_string(config.n_kv_heads) + " key/value heads on this device (found " + std::to_string(ranks) + ", expected " + possible + ")", "Use one of these");
+}
+
+}  // namespace detail
+}  // namespace llama3
+
+// ═══ Part IV: Plumbing ═════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+// ═══ §14  Model files ══════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// The reader and a writer of convert/FORMAT.md. Nothing in a file is believed: every number is compared with what it must be or
+// bounded by the file's size before it is used, and a loaded model is exactly what §2 says. A new field or tensor starts in FORMAT.md
+// and ends in integer_fields, real_fields or required_tensors below, which reader and writer share.
+
+namespace llama3 {
+
+struct Model::Impl {
+    std::string name;                   // in messages: the path, or what else it is
+    std::span<const std::byte> image;   // all of it
+    std::shared_ptr<const void> owner;  // of the image: a mapping, a buffer, the caller's
+    bool synthetic = false;             // made in this process, without checksums of the tensors
+    Config config;
+    Tokenizer tokenizer{nullptr};
+    Weights weights;
+    std::vector<TensorInfo> tensors;
+    struct Section {
+        std::uint64_t offset = 0, bytes = 0, checksum = 0;
+    };
+    std::array<Section, 4> sections;    // of the header, in its order
+};
+
+namespace detail {
+
+static_assert(std::endian::native == std::endian::little, "llama3.hpp reads its little-endian files in place: it has no support for big-endian machines.");
+
+// BLAKE2b (Aumasson et al., 2013; RFC 7693) with a digest of 8 bytes and no key, as a little-endian number.
+std::uint64_t blake2b(std::span<const std::byte> data) {
+    static constexpr std::uint64_t iv[8] = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
+                                            0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
+    static constexpr std::uint8_t sigma[10][16] = {
+        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
+        {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4}, {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
+        {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13}, {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
+        {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11}, {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
+        {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5}, {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0}};
+    std::uint64_t h[8], v[16], m[16];
+    std::copy(iv, iv + 8, h);
+    h[0] ^= 0x01010000 ^ 8;  // parameters: fanout 1, depth 1, no key, 8 bytes of digest
+    for (std::size_t done = 0; done == 0 || done < data.size();) {
+        const std::size_t n = std::min<std::size_t>(128, data.size() - done);
+        std::memset(m, 0, sizeof m);
+        if (n) std::memcpy(m, data.data() + done, n);
+        done += n;
+        std::copy(h, h + 8, v);
+        std::copy(iv, iv + 8, v + 8);
+        v[12] ^= done;
+        if (done == data.size()) v[14] = ~v[14];  // the last block
+        LLAMA3_UNROLL  // the indices become constants
+        for (int round = 0; round < 12; ++round) {
+            const std::uint8_t* s = sigma[round % 10];
+            const auto mix = [&](int a, int b, int c, int d, int i) {
+                v[a] += v[b] + m[s[i]], v[d] = std::rotr(v[d] ^ v[a], 32), v[c] += v[d], v[b] = std::rotr(v[b] ^ v[c], 24);
+                v[a] += v[b] + m[s[i + 1]], v[d] = std::rotr(v[d] ^ v[a], 16), v[c] += v[d], v[b] = std::rotr(v[b] ^ v[c], 63);
+            };
+            mix(0, 4, 8, 12, 0), mix(1, 5, 9, 13, 2), mix(2, 6, 10, 14, 4), mix(3, 7, 11, 15, 6);
+            mix(0, 5, 10, 15, 8), mix(1, 6, 11, 12, 10), mix(2, 7, 8, 13, 12), mix(3, 4, 9, 14, 14);
+        }
+        for (int i = 0; i < 8; ++i) h[i] ^= v[i] ^ v[i + 8];
+        if (n < 128) break;
+    }
+    return h[0];
+}
+
+// ── What a file must hold: shared by the reader and the writer ──
+
+constexpr unsigned char magic[8] = {0x89, 'l', 'l', 'a', 'm', 'a', '3', '\n'};
+constexpr std::uint32_t format_version = 1;
+constexpr std::size_t header_bytes = 128, config_bytes = 128, entry_bytes = 96, name_bytes = 40;
+constexpr const char* section_names[4] = {"configuration", "tokenizer", "tensor table", "provenance"};
+enum { config_section, tokenizer_section, table_section, provenance_section };
+
+constexpr const char* convert_again = "Convert the model again with convert/convert.py";
+constexpr const char* copy_again = "Copy or download the file again";
+
+// The numbers of the configuration: offset in the section, and the range that the rest of the code is made for.
+constexpr struct {
+    const char* name;
+    int Config::*member;
+    std::size_t offset;
+    int low, high;
+} integer_fields[] = {
+    {"number of layers", &Config::n_layers, 0, 1, 1024},
+    {"model width", &Config::dim, 4, 1, 1 << 17},
+    {"number of query heads", &Config::n_heads, 8, 1, 1024},
+    {"number of key/value heads", &Config::n_kv_heads, 12, 1, 1024},
+    {"head width", &Config::head_dim, 16, 2, 1024},
+    {"feed-forward width", &Config::ffn_dim, 20, 1, 1 << 20},
+    {"vocabulary", &Config::vocab_size, 24, 256, 1 << 24},
+    {"context length", &Config::context_length, 28, 1, 1 << 20},
+    {"original context of the RoPE scaling", &Config::rope_original_context, 52, 0, 1 << 20},
+    {"number of segments of attention_out", &Config::attention_out_segments, 64, 1, max_segments},
+    {"number of segments of down", &Config::down_segments, 68, 1, max_segments},
+    {"begin-of-text token", &Config::begin_token, 72, 0, (1 << 24) - 1},
+};
+constexpr struct {
+    const char* name;
+    float Config::*member;
+    std::size_t offset;
+    float low, high;
+} real_fields[] = {
+    {"epsilon of RMSNorm", &Config::norm_eps, 32, 1e-30f, 1.0f},
+    {"RoPE theta", &Config::rope_theta, 36, 1.0f, 1e30f},
+    {"RoPE scaling factor", &Config::rope_factor, 40, 1.0f, 1e6f},
+    {"low frequency factor", &Config::rope_low_freq_factor, 44, 1e-6f, 1e6f},
+    {"high frequency factor", &Config::rope_high_freq_factor, 48, 1e-6f, 1e6f},
+};
+constexpr std::size_t chat_format_offset = 56, tied_offset = 60, end_count_offset = 76, end_tokens_offset = 80;
+constexpr std::size_t max_end_tokens = 8;
+
+// Text of its parts, numbers among them.
+template <class... Parts>
+std::string to_text(const Parts&... parts) {
+    std::string text;
+    const auto add = [&](const auto& part) {
+        if constexpr (std::is_floating_point_v<std::decay_t<decltype(part)>>) {
+            char digits[32];
+            std::snprintf(digits, sizeof digits, "%.7g", static_cast<double>(part));
+            text += digits;
+        } else if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
+        else text += part;
+    };
+    (add(parts), ...);
+    return text;
+}
+
+template <class Found, class Expected>
+[[noreturn]] void fail_found(const std::string& where, const std::string& what, const Found& found, const Expected& expected,
+                             const char* to_do = convert_again, Code code = Code::format) {
+    fail(code, where, to_text(what, " (found ", found, ", expected ", expected, ")"), to_do);
+}
+
+// The largest power of two up to 8 that cuts `columns` into multiples of 64 and, with `heads` > 0, into whole heads.
+int choose_segments(int columns, int heads) {
+    int segments = max_segments;
+    while (segments > 1 && (columns % (64 * segments) != 0 || heads % segments != 0)) segments /= 2;
+    return segments;
+}
+
+// Every rule for the fields, of each alone and between them.
+void check_config(const std::string& where, const Config& c, const char* to_do = convert_again, Code code = Code::format) {
+    const auto bad = [&](const std::string& what, const auto& found, const auto& expected) { fail_found(where, what, found, expected, to_do, code); };
+    for (const auto& field : integer_fields)
+        if (const int value = c.*field.member; value < field.low || value > field.high)
+            bad(to_text("the ", field.name, " is out of range"), value, to_text(field.low, " to ", field.high));
+    for (const auto& field : real_fields)
+        if (const float value = c.*field.member; !(value >= field.low && value <= field.high))  // NaN is neither
+            bad(to_text("the ", field.name, " is out of range"), value, to_text(field.low, " to ", field.high));
+    if (c.n_heads % c.n_kv_heads != 0) bad("the query heads cannot share the key/value heads evenly", c.n_kv_heads, to_text("a divisor of ", c.n_heads));
+    if (c.head_dim % 2 != 0) bad("the head width is odd", c.head_dim, "an even number");
+
+    const bool scaled = c.rope_factor != 1;
+    const float low = c.rope_low_freq_factor, high = c.rope_high_freq_factor;
+    if (!scaled && (low != 1 || high != 1 || c.rope_original_context != 0))
+        bad("the RoPE scaling is off (factor 1) but has parameters", to_text(low, ", ", high, ", ", c.rope_original_context), "1, 1, 0");
+    if (scaled && !(low < high)) bad("the high frequency factor is too low", high, to_text("more than ", low));
+    if (scaled && c.rope_original_context == 0) bad("the original context of the RoPE scaling is missing", 0, "1 or more");
+
+    const auto chat_format = static_cast<std::uint32_t>(c.chat_format);
+    if (chat_format > 3) bad("the chat format is unknown", chat_format, "0 to 3");
+    const int out_segments = choose_segments(c.n_heads * c.head_dim, c.n_heads), down_segments = choose_segments(c.ffn_dim, 0);
+    if (c.attention_out_segments != out_segments) bad("the number of segments of attention_out is wrong", c.attention_out_segments, out_segments);
+    if (c.down_segments != down_segments) bad("the number of segments of down is wrong", c.down_segments, down_segments);
+
+    const int last = c.vocab_size - 1;
+    if (c.begin_token > last) bad("the begin-of-text token is out of range", c.begin_token, to_text(0, " to ", last));
+    if (c.end_tokens.size() > max_end_tokens) bad("there are too many end tokens", c.end_tokens.size(), to_text("at most ", max_end_tokens));
+    int least = 0;
+    for (const int token : c.end_tokens) {
+        if (token < least || token > last) bad("an end token is out of range or order", token, to_text(least, " to ", last));
+        least = token + 1;
+    }
+}
+
+// The tensors of a model, in the order of the file; format, place and checksum are left open.
+std::vector<TensorInfo> required_tensors(const Config& c) {
+    std::vector<TensorInfo> list;
+    const auto add = [&](std::string name, int dimensions, int rows, int columns, int segments = 1) {
+        list.push_back({std::move(name), Format::f32, dimensions, rows, columns, segments, 0, 0, 0});
+    };
+    const int query_width = c.n_heads * c.head_dim, key_width = c.n_kv_heads * c.head_dim;
+    add("embedding", 2, c.vocab_size, c.dim);
+    for (int i = 0; i < c.n_layers; ++i) {
+        const std::string layer = to_text("layers.", i, ".");
+        add(layer + "attention_norm", 1, 1, c.dim);
+        add(layer + "query", 2, query_width, c.dim);
+        add(layer + "key", 2, key_width, c.dim);
+        add(layer + "value", 2, key_width, c.dim);
+        add(layer + "attention_out", 2, c.dim, query_width, c.attention_out_segments);
+        add(layer + "ffn_norm", 1, 1, c.dim);
+        add(layer + "gate", 2, c.ffn_dim, c.dim);
+        add(layer + "up", 2, c.ffn_dim, c.dim);
+        add(layer + "down", 2, c.dim, c.ffn_dim, c.down_segments);
+    }
+    add("final_norm", 1, 1, c.dim);
+    if (!c.tied_embedding) add("output", 2, c.vocab_size, c.dim);
+    return list;
+}
+
+// Neither can overflow: rows and columns are at most 2^24 and 2^20.
+std::uint64_t panel_bytes(const TensorInfo& t) {
+    return static_cast<std::uint64_t>(round_up(t.columns, unit_columns(t.format)) / unit_columns(t.format)) * unit_bytes(t.format);
+}
+std::uint64_t tensor_bytes(const TensorInfo& t) {
+    if (t.dimensions == 1) return 4 * static_cast<std::uint64_t>(t.columns);
+    return static_cast<std::uint64_t>(round_up(t.rows, panel_rows) / panel_rows) * panel_bytes(t);
+}
+constexpr std::uint64_t align(std::uint64_t offset, std::uint64_t multiple) { return (offset + multiple - 1) / multiple * multiple; }
+
+// ── Reading ──
+
+using Bytes = std::span<const std::byte>;
+using Section = Model::Impl::Section;
+
+// The bytes that a section covers, once read_header has checked that they are there.
+Bytes section_of(Bytes image, const Section& s) { return image.subspan(static_cast<std::size_t>(s.offset), static_cast<std::size_t>(s.bytes)); }
+
+void check_zero(const std::string& where, const std::string& what, Bytes bytes) {
+    const auto other = std::find_if(bytes.begin(), bytes.end(), [](std::byte b) { return b != std::byte{0}; });
+    if (other != bytes.end()) fail_found(where, what + " should hold nothing", std::to_integer<int>(*other), "zeros");
+}
+
+void check_sum(const std::string& where, const std::string& what, Bytes bytes, std::uint64_t stated) {
+    const std::uint64_t sum = blake2b(bytes);
+    char found[20], expected[20];
+    std::snprintf(found, sizeof found, "%016llx", static_cast<unsigned long long>(sum));
+    std::snprintf(expected, sizeof expected, "%016llx", static_cast<unsigned long long>(stated));
+    if (sum != stated) fail_found(where, what + " has changed since it was written", found, expected, copy_again, Code::checksum);
+}
+
+template <class Expected>
+[[noreturn]] void fail_truncated(const std::string& where, const std::string& part, std::size_t bytes, const Expected& expected) {
+    fail_found(where, "the file is cut short: it ends in its " + part, to_text(bytes, " bytes"), expected, copy_again);
+}
+
+// Returns the size that the file says it has. Less may be there, but all sections are.
+std::uint64_t read_header(const std::string& where, Bytes image, std::array<Section, 4>& sections) {
+    const std::size_t shown = std::min(image.size(), sizeof magic);
+    if (shown == 0 || std::memcmp(image.data(), magic, shown) != 0) {
+        std::string found = shown ? "" : "an empty file";
+        char hex[4];
+        for (std::size_t i = 0; i < shown; ++i) std::snprintf(hex, sizeof hex, i ? " %02X" : "%02X", std::to_integer<unsigned>(image[i])), found += hex;
+        fail_found(where, "this is not an .l3 model file", found, "89 6C 6C 61 6D 61 33 0A at its start", "Make one with convert/convert.py");
+    }
+    if (image.size() < header_bytes) fail_truncated(where, "header", image.size(), to_text("at least ", header_bytes));
+    const std::byte* header = image.data();
+    const std::uint32_t version = load_as<std::uint32_t>(header + 8);
+    if (version != format_version)
+        fail_found(where, "this version of the file format is unknown", version, format_version, "Convert the model with the convert.py of this llama3.hpp");
+    check_sum(where, "the header", image.first(120), load_as<std::uint64_t>(header + 120));
+    check_zero(where, "bytes 12 to 15", image.subspan(12, 4));
+
+    const std::uint64_t size = load_as<std::uint64_t>(header + 16);
+    for (std::size_t i = 0; i < sections.size(); ++i) {
+        const std::byte* entry = header + 24 + 24 * i;
+        const Section s = sections[i] = {load_as<std::uint64_t>(entry), load_as<std::uint64_t>(entry + 8), load_as<std::uint64_t>(entry + 16)};
+        if (s.offset % 8 != 0 || s.offset > size || s.bytes > size - s.offset)
+            fail_found(where, to_text("the ", section_names[i], " has no place in the file"), to_text(s.bytes, " bytes at ", s.offset),
+                       to_text("a multiple of 8 and an end by ", size));
+        if (s.offset + s.bytes > image.size()) fail_truncated(where, section_names[i], image.size(), size);
+    }
+    std::array<Section, 4> sorted = sections;
+    std::sort(sorted.begin(), sorted.end(), [](const Section& a, const Section& b) { return a.offset < b.offset; });
+    std::uint64_t end = header_bytes;
+    for (const Section& s : sorted) {
+        if (s.offset < end) fail_found(where, "sections of the file overlap", to_text("one at ", s.offset), to_text(end, " or more"));
+        end = s.offset + s.bytes;
+    }
+    return size;
+}
+
+Config read_config(const std::string& where, Bytes section) {
+    if (section.size() != config_bytes) fail_found(where, "the configuration has a wrong size", section.size(), config_bytes);
+    Config config;
+    const auto integer = [&](std::size_t offset, const char* name, std::uint32_t high = 1u << 24) {
+        const std::uint32_t value = load_as<std::uint32_t>(section.data() + offset);
+        if (value > high) fail_found(where, to_text("the ", name, " is out of range"), value, to_text("at most ", high));
+        return static_cast<int>(value);
+    };
+    for (const auto& field : integer_fields) config.*field.member = integer(field.offset, field.name);
+    for (const auto& field : real_fields) config.*field.member = load_as<float>(section.data() + field.offset);
+    config.chat_format = static_cast<ChatFormat>(integer(chat_format_offset, "chat format"));
+    config.tied_embedding = integer(tied_offset, "mark of a tied embedding", 1) != 0;
+    const auto ends = static_cast<std::size_t>(integer(end_count_offset, "number of end tokens", max_end_tokens));
+    for (std::size_t i = 0; i < ends; ++i) config.end_tokens.push_back(integer(end_tokens_offset + 4 * i, "end token"));
+    check_zero(where, "the configuration after its end tokens", section.subspan(end_tokens_offset + 4 * ends));
+    check_config(where, config);
+    return config;
+}
+
+// Cuts the section into its lists, which stay where they are. What the tokens and names are is looked at by make_tokenizer (§6).
+Tokenizer read_tokenizer(const std::string& where, Bytes section, const Config& config, std::shared_ptr<const void> owner) {
+    std::size_t position = 0;
+    const auto take = [&](std::uint64_t bytes, const char* what) {
+        if (bytes > section.size() - position)
+            fail_found(where, to_text("the tokenizer ends in its ", what), to_text(section.size(), " bytes"), to_text(position + bytes, " or more"));
+        position += static_cast<std::size_t>(bytes);
+        return section.data() + position - bytes;
+    };
+    const auto numbers = [&](std::uint64_t count, const char* what) {
+        return std::span(reinterpret_cast<const std::uint32_t*>(take(4 * count, what)), static_cast<std::size_t>(count));
+    };
+    const auto ascending = [&](std::span<const std::uint32_t> list, std::uint64_t least, const char* what) {
+        for (const std::uint32_t number : list) {
+            if (number < least) fail_found(where, to_text("the ", what, " do not ascend"), number, to_text(least, " or more"));
+            least = std::uint64_t{number} + 1;
+        }
+    };
+    const auto text = [&](std::span<const std::uint32_t> starts, const char* what) {
+        ascending(starts, 0, what);
+        if (starts.front() != 0) fail_found(where, to_text("the first of the ", what, " is wrong"), starts.front(), 0);
+        return std::string_view(reinterpret_cast<const char*>(take(starts.back(), what)), starts.back());
+    };
+
+    const auto counts = numbers(2, "counts");
+    const auto starts = numbers(std::uint64_t{counts[0]} + 1, "starts of tokens");
+    const std::string_view tokens = text(starts, "starts of tokens");
+    const std::size_t padding = (4 - position % 4) % 4;
+    check_zero(where, "the tokenizer after its tokens", {take(padding, "tokens"), padding});
+    const auto ids = numbers(counts[1], "ids of special tokens");
+    const auto name_starts = numbers(std::uint64_t{counts[1]} + 1, "starts of special tokens");
+    const std::string_view names = text(name_starts, "starts of special tokens");
+    if (position != section.size()) fail_found(where, "the tokenizer has a wrong size", section.size(), position);
+    ascending(ids, counts[0], "ids of special tokens");
+    const std::uint32_t largest = ids.empty() ? counts[0] - 1 : ids.back(), vocabulary = static_cast<std::uint32_t>(config.vocab_size);
+    if (counts[0] == 0 || largest >= vocabulary) fail_found(where, "the tokens go beyond the vocabulary", largest, to_text("0 to ", vocabulary - 1));
+    return Tokenizer(make_tokenizer(starts, tokens, ids, name_starts, names, config.vocab_size, config.begin_token, config.end_tokens, std::move(owner), where));
+}
+
+// The name in an entry of the tensor table, fit to be shown.
+std::string read_name(const std::string& where, const std::byte* entry, std::size_t i) {
+    const std::string_view field(reinterpret_cast<const char*>(entry), name_bytes), name = field.substr(0, field.find('\0'));
+    const bool printable = std::all_of(name.begin(), name.end(), [](char c) { return c > ' ' && c <= '~'; });
+    if (name.empty() || name.size() == name_bytes || !printable || field.find_first_not_of('\0', name.size()) != field.npos)
+        fail_found(where, to_text("the name of tensor ", i, " is damaged"), "other bytes", "1 to 39 characters, filled up with zeros");
+    return std::string(name);
+}
+
+// The tensors, each compared with the one that must stand there. `end` is where the last section ends, `size` where the file does.
+std::vector<TensorInfo> read_table(const std::string& where, Bytes table, const Config& config, std::uint64_t end, std::uint64_t size) {
+    if (table.size() < 8 || (table.size() - 8) % entry_bytes != 0 || (table.size() - 8) / entry_bytes != load_as<std::uint32_t>(table.data()))
+        fail_found(where, "the tensor table has a wrong size", to_text(table.size(), " bytes"), "8 + 96 x its count");
+    check_zero(where, "bytes 4 to 7 of the tensor table", table.subspan(4, 4));
+    const std::size_t count = (table.size() - 8) / entry_bytes;
+
+    std::vector<TensorInfo> tensors = required_tensors(config);
+    for (std::size_t i = 0; i < std::max(count, tensors.size()); ++i) {
+        if (i == count) fail_found(where, to_text("tensor ", tensors[i].name, " is missing"), to_text(count, " tensors"), tensors.size());
+        const std::byte* entry = table.data() + 8 + entry_bytes * i;
+        const std::string name = read_name(where, entry, i), tensor = "tensor " + name;
+        if (i == tensors.size()) fail_found(where, tensor + " is one too many", to_text(count, " tensors"), tensors.size());
+        TensorInfo& t = tensors[i];
+        if (name != t.name) fail_found(where, to_text("tensor ", i, " is not the one that belongs there"), name, t.name);
+
+        const auto format = load_as<std::uint32_t>(entry + 40), dimensions = load_as<std::uint32_t>(entry + 44), segments = load_as<std::uint32_t>(entry + 88);
+        const auto rows = load_as<std::uint64_t>(entry + 48), columns = load_as<std::uint64_t>(entry + 56);
+        if (format > 3) fail_found(where, tensor + " has an unknown format", format, "0 to 3 for f32, bf16, q8, q4");
+        if (dimensions != static_cast<std::uint32_t>(t.dimensions)) fail_found(where, tensor + " has a wrong number of dimensions", dimensions, t.dimensions);
+        if (t.dimensions == 1 && format != 0) fail_found(where, tensor + " has a wrong format", format_name(static_cast<Format>(format)), "f32");
+        if (rows != static_cast<std::uint64_t>(t.rows) || columns != static_cast<std::uint64_t>(t.columns))
+            fail_found(where, tensor + " has a wrong shape", to_text("[", rows, ", ", columns, "]"), to_text("[", t.rows, ", ", t.columns, "]"));
+        if (segments != static_cast<std::uint32_t>(t.segments)) fail_found(where, tensor + " has a wrong number of segments", segments, t.segments);
+        check_zero(where, "the last word of the entry of " + tensor, {entry + 92, 4});
+
+        t.format = static_cast<Format>(format);
+        t.offset = load_as<std::uint64_t>(entry + 64), t.bytes = load_as<std::uint64_t>(entry + 72), t.checksum = load_as<std::uint64_t>(entry + 80);
+        if (t.bytes != tensor_bytes(t)) fail_found(where, tensor + " has a wrong size", to_text(t.bytes, " bytes"), tensor_bytes(t));
+        if (i == 0 && (t.offset % 4096 != 0 || t.offset < end))
+            fail_found(where, tensor + " is in the wrong place", t.offset, to_text("a multiple of 4096, at least ", end));
+        if (i > 0 && t.offset != align(end, 64)) fail_found(where, tensor + " is in the wrong place", t.offset, align(end, 64));
+        if (t.offset > size || t.bytes > size - t.offset)
+            fail_found(where, tensor + " lies outside the file", to_text(t.bytes, " bytes at ", t.offset), to_text("an end by ", size));
+        end = t.offset + t.bytes;
+    }
+    if (end != size) fail_found(where, "the file's size is not where its last tensor ends", size, end);
+    return tensors;
+}
+
+// Views of the tensors, which are in the order of required_tensors.
+Weights bind_weights(const std::byte* image, const Config& config, const std::vector<TensorInfo>& tensors) {
+    auto next = tensors.begin();
+    const auto norm = [&] { return reinterpret_cast<const float*>(image + (next++)->offset); };
+    const auto matrix = [&] {
+        const TensorInfo& t = *next++;
+        return Matrix{t.format, image + t.offset, t.rows, t.columns, t.segments, static_cast<std::size_t>(panel_bytes(t))};
+    };
+    Weights weights;
+    weights.embedding = matrix();
+    for (int i = 0; i < config.n_layers; ++i)  // a list in braces is evaluated from left to right
+        weights.layers.push_back(Layer{i, norm(), matrix(), matrix(), matrix(), matrix(), norm(), matrix(), matrix(), matrix()});
+    weights.final_norm = norm();
+    weights.output = config.tied_embedding ? weights.embedding : matrix();
+    return weights;
+}
+
+// Reads the header, the configuration, the tensor table and the tokenizer, and touches nothing else.
+std::shared_ptr<Model::Impl> open_model(std::string name, Bytes image, std::shared_ptr<const void> owner) {
+    auto model = std::make_shared<Model::Impl>();
+    model->name = std::move(name), model->image = image, model->owner = std::move(owner);
+    const std::string& where = model->name;
+    const std::uint64_t size = read_header(where, image, model->sections);
+    const auto& [config, tokenizer, table, provenance] = model->sections;
+    check_sum(where, "the configuration", section_of(image, config), config.checksum);
+    check_sum(where, "the tensor table", section_of(image, table), table.checksum);
+    std::uint64_t end = 0;
+    for (const Section& s : model->sections) end = std::max(end, s.offset + s.bytes);
+    model->config = read_config(where, section_of(image, config));
+    model->tensors = read_table(where, section_of(image, table), model->config, end, size);
+    for (const TensorInfo& t : model->tensors)
+        if (t.offset + t.bytes > image.size()) fail_truncated(where, "tensor " + t.name, image.size(), size);
+    if (image.size() > size) fail_found(where, "the file goes on after its end", to_text(image.size(), " bytes"), size, copy_again);
+    model->tokenizer = read_tokenizer(where, section_of(image, tokenizer), model->config, model->owner);
+    model->weights = bind_weights(image.data(), model->config, model->tensors);
+    return model;
+}
+
+// ── Writing: synthetic models, and files for tests ──
+
+// The tokens of a model: ordinary ones by rank; special ones with their ids, ascending.
+struct Vocabulary {
+    std::vector<std::string> tokens;
+    std::vector<std::pair<int, std::string>> specials;
+};
+
+// The 256 bytes, then aa, ab, ... zzzz, ...; at the end the special tokens of Llama 3.2, at most 256.
+Vocabulary synthetic_vocabulary(int vocab_size) {
+    const int ranks = std::max(256, vocab_size - 256);
+    Vocabulary v;
+    const auto visible = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };  // these come first in Llama's order
+    for (const bool wanted : {true, false})
+        for (int b = 0; b < 256; ++b)
+            if (visible(b) == wanted) v.tokens.emplace_back(1, static_cast<char>(b));
+    for (std::string next = "aa"; static_cast<int>(v.tokens.size()) < ranks;) {
+        v.tokens.push_back(next);
+        const std::size_t last = next.find_last_not_of('z');  // count up: the letter before the z's, and these again from a
+        next = last == next.npos ? std::string(next.size() + 1, 'a') : next.substr(0, last) + static_cast<char>(next[last] + 1) + std::string(next.size() - last - 1, 'a');
+    }
+    constexpr const char* names[] = {"begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id", "step_id",
+                                     "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image"};
+    for (int i = 0; i < vocab_size - ranks; ++i)
+        v.specials.emplace_back(ranks + i, i < 12 ? to_text("<|", names[i], "|>") : to_text("<|reserved_special_token_", i - 10, "|>"));
+    return v;
+}
+
+template <class T>
+void append(std::string& to, T value) {
+    to.append(reinterpret_cast<const char*>(&value), sizeof value);
+}
+
+std::string write_config(const Config& c) {
+    std::string section(config_bytes, '\0');
+    const auto put = [&](std::size_t offset, auto value) { std::memcpy(section.data() + offset, &value, sizeof value); };
+    for (const auto& field : integer_fields) put(field.offset, c.*field.member);
+    for (const auto& field : real_fields) put(field.offset, c.*field.member);
+    put(chat_format_offset, c.chat_format);
+    put(tied_offset, std::uint32_t{c.tied_embedding});
+    put(end_count_offset, static_cast<std::uint32_t>(c.end_tokens.size()));
+    for (std::size_t i = 0; i < c.end_tokens.size(); ++i) put(end_tokens_offset + 4 * i, c.end_tokens[i]);
+    return section;
+}
+
+std::string write_tokenizer(const Vocabulary& v) {
+    std::string section, names;
+    const auto put_list = [&](const auto& list, const auto& text_of) {
+        std::string text;
+        append(section, std::uint32_t{0});
+        for (const auto& item : list) text += text_of(item), append(section, static_cast<std::uint32_t>(text.size()));
+        section += text;
+    };
+    append(section, static_cast<std::uint32_t>(v.tokens.size()));
+    append(section, static_cast<std::uint32_t>(v.specials.size()));
+    put_list(v.tokens, [](const std::string& token) -> const std::string& { return token; });
+    section.resize(static_cast<std::size_t>(align(section.size(), 4)));
+    for (const auto& special : v.specials) append(section, static_cast<std::uint32_t>(special.first));
+    put_list(v.specials, [](const auto& special) -> const std::string& { return special.second; });
+    return section;
+}
+
+std::string write_table(const std::vector<TensorInfo>& tensors) {
+    std::string section;
+    append(section, static_cast<std::uint64_t>(tensors.size()));  // u32 count, u32 0
+    for (const TensorInfo& t : tensors) {
+        section += t.name + std::string(name_bytes - t.name.size(), '\0');
+        append(section, t.format), append(section, t.dimensions);
+        append(section, static_cast<std::uint64_t>(t.rows)), append(section, static_cast<std::uint64_t>(t.columns));
+        append(section, t.offset), append(section, t.bytes), append(section, t.checksum), append(section, static_cast<std::uint64_t>(t.segments));
+    }
+    return section;
+}
+
+// A whole file in memory, allocated once. `fill` writes the bytes of one tensor, in place and into zeros.
+using FillTensor = std::function<void(const TensorInfo& tensor, std::byte* bytes)>;
+AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Format format, std::string_view provenance, bool checksums, const FillTensor& fill) {
+    check_config("configuration", config, "Choose another value", Code::argument);
+    std::vector<TensorInfo> tensors = required_tensors(config);
+    std::array<std::string, 4> parts = {write_config(config), write_tokenizer(vocabulary), write_table(tensors), std::string(provenance)};
+    std::uint64_t end = header_bytes;
+    std::array<Section, 4> sections;
+    for (std::size_t i = 0; i < 4; ++i) sections[i] = {align(end, 8), parts[i].size(), 0}, end = sections[i].offset + parts[i].size();
+    end = align(end, 4096);
+    for (TensorInfo& t : tensors) {
+        const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
+        t.format = t.dimensions == 1 ? Format::f32 : sensitive ? Format::q8 : format;
+        t.offset = align(end, 64), t.bytes = tensor_bytes(t), end = t.offset + t.bytes;
+    }
+    if (end > std::numeric_limits<std::size_t>::max()) fail_found("configuration", "the model is too large", end, "a size that fits into memory", "Choose a smaller one", Code::memory);
+
+    AlignedBuffer image(static_cast<std::size_t>(end), true);
+    for (TensorInfo& t : tensors) {
+        fill(t, image.data() + t.offset);
+        if (checksums) t.checksum = blake2b({image.data() + t.offset, static_cast<std::size_t>(t.bytes)});
+    }
+    parts[table_section] = write_table(tensors);
+    std::string header(reinterpret_cast<const char*>(magic), sizeof magic);
+    append(header, std::uint64_t{format_version}), append(header, end);  // u32 version, u32 0
+    for (std::size_t i = 0; i < 4; ++i) {
+        append(header, sections[i].offset), append(header, sections[i].bytes), append(header, blake2b(std::as_bytes(std::span(parts[i]))));
+        std::memcpy(image.data() + sections[i].offset, parts[i].data(), parts[i].size());
+    }
+    append(header, blake2b(std::as_bytes(std::span(header))));
+    std::memcpy(image.data(), header.data(), header.size());
+    return image;
+}
+
+// Encodes a tensor from rows of floats: fill_row(name, row, values [columns]).
+using FillRow = std::function<void(std::string_view name, int row, std::span<float> values)>;
+void encode_tensor(const TensorInfo& t, std::byte* bytes, const FillRow& fill_row) {
+    const auto columns = static_cast<std::size_t>(t.columns);
+    if (t.dimensions == 1) return fill_row(t.name, 0, {reinterpret_cast<float*>(bytes), columns});
+    const auto padded = static_cast<std::size_t>(round_up(t.columns, unit_columns(t.format)));
+    std::vector<float> rows(panel_rows * padded);
+    for (int row = 0; row < t.rows; row += panel_rows, bytes += panel_bytes(t)) {
+        std::fill(rows.begin(), rows.end(), 0.0f);
+        for (int r = 0; r < panel_rows && row + r < t.rows; ++r) fill_row(t.name, row + r, {rows.data() + static_cast<std::size_t>(r) * padded, columns});
+        encode_panel(t.format, rows.data(), static_cast<int>(padded), bytes);
+    }
+}
+
+// Steele, Lea and Flood's splitmix64: one number per call, fast, and good enough to look random.
+std::uint64_t next_random(std::uint64_t& state) {
+    std::uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+}
+
+// Random weights of standard deviation 1 / √columns, drawn as bits of the format: a billion of them in about a second.
+void random_panels(const TensorInfo& t, std::byte* bytes, std::uint64_t& state) {
+    const double deviation = 1 / std::sqrt(static_cast<double>(t.columns));
+    // f32, bf16: sign and fraction are drawn, the exponent is fixed: ±[1, 2) 2^e has the deviation 1.53 x 2^e
+    const auto exponent = static_cast<std::uint64_t>(127 + std::ilogb(deviation / 1.08));
+    std::uint64_t keep = ~0ull, set = 0, odd = 0;
+    if (t.format == Format::f32) keep = 0x807fffff807fffff, set = (exponent << 23) * 0x0000000100000001;
+    if (t.format == Format::bf16) keep = 0x807f807f807f807f, set = (exponent << 7) * 0x0001000100010001;
+    if (t.format == Format::q8) odd = 0x0101010101010101;  // negative bytes become odd: none is -128
+    // q8, q4: uniform bytes (deviation 73.9) and nibbles (4.6); scales differ by up to 12 %, in q4 also in their sign
+    const bool quantised = t.format == Format::q8 || t.format == Format::q4;
+    const std::size_t scale_bytes = quantised ? 64 : 0, unit = unit_bytes(t.format);
+    const std::uint16_t scale = to_fp16(static_cast<float>(deviation / (t.format == Format::q8 ? 78 : 4.9)));
+    const int varied = t.format == Format::q4 ? 0x807f : 0x7f;
+    for (const std::byte* end = bytes + t.bytes; bytes < end; bytes += unit) {
+        for (std::size_t i = 0; i < unit - scale_bytes; i += 8) {
+            const std::uint64_t random = next_random(state);
+            store_as(bytes + i, ((random | ((random >> 7) & odd)) & keep) | set);
+        }
+        for (std::size_t i = unit - scale_bytes; i < unit; i += 2)
+            store_as(bytes + i, static_cast<std::uint16_t>(scale + (static_cast<int>(next_random(state)) & varied)));
+    }
+}
+
+// A model of random weights as a file in memory. Segments and the begin and end tokens are set here, whatever the configuration says.
+AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool checksums) {
+    const Vocabulary vocabulary = synthetic_vocabulary(c.vocab_size);
+    if (vocabulary.specials.size() < 10)
+        fail_found("synthetic model", "the vocabulary is too small", c.vocab_size, "266 or more: 256 bytes and the special tokens up to <|eot_id|>", "Choose another value", Code::argument);
+    const int special = vocabulary.specials[0].first;
+    c.begin_token = special, c.end_tokens = {special + 1, special + 8, special + 9};  // end_of_text, eom_id, eot_id
+    c.attention_out_segments = choose_segments(c.n_heads * c.head_dim, c.n_heads), c.down_segments = choose_segments(c.ffn_dim, 0);
+    std::uint64_t state = seed;
+    return write_model(c, vocabulary, format, "source: random numbers\nconverter: llama3.hpp " LLAMA3_VERSION "\n", checksums, [&](const TensorInfo& t, std::byte* bytes) {
+        if (t.dimensions == 2 && t.rows % panel_rows == 0 && t.columns % unit_columns(t.format) == 0) return random_panels(t, bytes, state);
+        const float width = std::sqrt(12 / static_cast<float>(t.columns));  // of a uniform distribution with the same deviation
+        encode_tensor(t, bytes, [&](std::string_view, int, std::span<float> row) {
+            for (float& x : row) x = t.dimensions == 1 ? 1 : (static_cast<float>(next_random(state) >> 40) * 0x1p-24f - 0.5f) * width;
+        });
+    });
+}
+
+}  // namespace detail
+
+// ── Model ──
+
+Model Model::load(const std::string& path, Loading loading) {
+    if (loading == Loading::map) {
+        const auto mapping = std::make_shared<const detail::FileMapping>(path);
+        return Model(detail::open_model(path, mapping->bytes(), mapping));
+    }
+    const auto memory = std::make_shared<const detail::AlignedBuffer>(detail::read_file(path));
+    return Model(detail::open_model(path, {memory->data(), memory->size()}, memory));
+}
+
+Model Model::from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner) {
+    const auto past = reinterpret_cast<std::uintptr_t>(image.data()) % 64;
+    if (past != 0)
+        detail::fail_found("model in memory", "the image is not aligned", detail::to_text(past, " bytes past a multiple of 64"), "a multiple of 64",
+                           "Copy it into memory from std::aligned_alloc or the like", Code::argument);
+    return Model(detail::open_model("model in memory", image, std::move(owner)));
+}
+
+Model Model::synthetic(const Config& config, Format format, std::uint64_t seed) {
+    const auto memory = std::make_shared<const detail::AlignedBuffer>(detail::synthetic_image(config, format, seed, false));
+    const auto impl = detail::open_model("synthetic model", {memory->data(), memory->size()}, memory);
+    impl->synthetic = true;
+    return Model(impl);
+}
+
+const Config& Model::config() const { return impl_->config; }
+const Tokenizer& Model::tokenizer() const { return impl_->tokenizer; }
+const Weights& Model::weights() const { return impl_->weights; }
+std::vector<TensorInfo> Model::tensors() const { return impl_->tensors; }
+
+std::string Model::provenance() const {
+    const auto text = detail::section_of(impl_->image, impl_->sections[detail::provenance_section]);
+    return {reinterpret_cast<const char*>(text.data()), text.size()};
+}
+
+std::string Model::describe() const {
+    const Config& c = impl_->config;
+    constexpr const char* chat_formats[] = {"none", "llama3", "llama3.1", "llama3.2"};
+    std::uint64_t parameters = 0, bytes[4] = {};
+    for (const TensorInfo& t : impl_->tensors) {
+        parameters += static_cast<std::uint64_t>(t.rows) * static_cast<std::uint64_t>(t.columns);
+        bytes[static_cast<std::size_t>(t.format)] += t.bytes;
+    }
+    std::string text = detail::to_text(impl_->name, ": ", static_cast<double>(parameters / 10000) / 100, " million parameters, ", c.n_layers, " layers\n");
+    text += detail::to_text("width ", c.dim, ", feed-forward ", c.ffn_dim, ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ", c.head_dim,
+                            ", vocabulary ", c.vocab_size, c.tied_embedding ? ", tied embedding\n" : "\n");
+    text += detail::to_text("context ", c.context_length, ", RoPE theta ", c.rope_theta, ", scaling ");
+    text += c.rope_factor == 1 ? "none" : detail::to_text(c.rope_factor, " beyond ", c.rope_original_context);
+    text += detail::to_text(", chat format ", chat_formats[static_cast<std::size_t>(c.chat_format)], "\nweights");
+    for (std::size_t i = 0; i < 4; ++i)
+        if (bytes[i]) text += detail::to_text(" ", format_name(static_cast<Format>(i)), " ", static_cast<double>(bytes[i] / 10000) / 100, " MB");
+    return text + "\n";
+}
+
+void Model::verify() const {
+    const Impl& m = *impl_;
+    if (m.synthetic) return;  // never was a file
+    detail::check_sum(m.name, "the header", m.image.first(120), detail::load_as<std::uint64_t>(m.image.data() + 120));
+    std::uint64_t end = 0;
+    for (std::size_t i = 0; i < m.sections.size(); ++i) {
+        detail::check_sum(m.name, detail::to_text("the ", detail::section_names[i]), detail::section_of(m.image, m.sections[i]), m.sections[i].checksum);
+        end = std::max(end, m.sections[i].offset + m.sections[i].bytes);
+    }
+    for (const TensorInfo& t : m.tensors) {
+        detail::check_zero(m.name, "the gap before tensor " + t.name, detail::section_of(m.image, {end, t.offset - end, 0}));
+        detail::check_sum(m.name, "tensor " + t.name, detail::section_of(m.image, {t.offset, t.bytes, 0}), t.checksum);
+        end = t.offset + t.bytes;
+    }
+}
+
+MemoryPlan Model::plan(const Options& options) const {
+    Options o = options;
+    if (o.context == 0) o.context = std::min(impl_->config.context_length, 8192);
+    if (!o.device) o.device = cpu();
+    MemoryPlan plan;
+    for (const TensorInfo& t : impl_->tensors) plan.weights_bytes += t.bytes;
+    plan.cache_bytes = o.device->cache_bytes(impl_->config, o);
+    plan.activations_bytes = o.device->activations_bytes(impl_->config, o);
+    return plan;
+}
+
+}  // namespace llama3
+
+// ═══ §15  Platform ═════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// All that depends on the operating system or the processor's name: files, memory, what the machine has, floating-point modes. And
+// the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
+
+namespace llama3 {
+namespace detail {
+
+// ── Files and memory ──
+
+// The system's words for its last error.
+std::string system_error() {
+#if defined(_WIN32)
+    return std::system_category().message(static_cast<int>(GetLastError()));
+#else
+    return std::system_category().message(errno);
+#endif
+}
+
+[[noreturn]] void fail_file(const std::string& path, const std::string& what, const std::string& why, const char* to_do = "Give the path of a readable .l3 file") {
+    fail(Code::file, path, what + " (" + why + ")", to_do);
+}
+
+[[noreturn]] void fail_memory(std::size_t bytes) {
+    fail(Code::memory, "memory", "the system refused " + std::to_string(bytes) + " bytes", "Choose a smaller context or cache format, or a smaller model");
+}
+
+// Large buffers are pages of their own: zero, and backed by memory only once they are touched.
+constexpr std::size_t large_buffer = std::size_t{1} << 20;
+
+AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : size_(bytes) {
+    if (bytes == 0) return;
+    void* memory = nullptr;
+    if (bytes < large_buffer) {
+        memory = ::operator new(bytes, std::align_val_t{64}, std::nothrow);
+        if (memory) std::memset(memory, 0, bytes);
+    } else {
+#if defined(_WIN32)
+        memory = VirtualAlloc(nullptr, bytes, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+#else
+        memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) memory = nullptr;
+#if defined(MADV_HUGEPAGE)
+        else if (dense) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
+#endif
+    }
+    if (!memory) fail_memory(bytes);
+    data_ = static_cast<std::byte*>(memory);
+}
+
+AlignedBuffer::~AlignedBuffer() {
+    if (size_ < large_buffer) ::operator delete(data_, std::align_val_t{64});
+#if defined(_WIN32)
+    else VirtualFree(data_, 0, MEM_RELEASE);
+#else
+    else munmap(data_, size_);
+#endif
+}
+
+// An open file. Its size is taken once: a file that changes while it is read is an error, not a surprise.
+class File {
+    static constexpr const char* read_instead = "Load it with Loading::read instead";
+    std::string path_;
+    std::uint64_t size_ = 0;
+#if defined(_WIN32)
+    HANDLE handle_;
+#else
+    int descriptor_;
+#endif
+
+public:
+#if defined(_WIN32)
+    explicit File(const std::string& path) : path_(path) {
+        std::wstring wide(path.size(), L'\0');  // UTF-8 has at least as many units as UTF-16
+        wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, path.data(), static_cast<int>(path.size()), wide.data(), static_cast<int>(wide.size()))));
+        handle_ = CreateFileW(wide.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+        if (handle_ == INVALID_HANDLE_VALUE) fail_file(path, "the file cannot be opened", system_error());
+        LARGE_INTEGER size;
+        if (!GetFileSizeEx(handle_, &size)) {
+            const std::string why = system_error();
+            CloseHandle(handle_);
+            fail_file(path, "the file has no size", why);
+        }
+        size_ = static_cast<std::uint64_t>(size.QuadPart);
+    }
+    ~File() { CloseHandle(handle_); }
+    const void* map() const {
+        const HANDLE mapping = CreateFileMappingW(handle_, nullptr, PAGE_READONLY, 0, 0, nullptr);
+        const void* view = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0) : nullptr;
+        if (!view) {
+            const std::string why = system_error();
+            if (mapping) CloseHandle(mapping);
+            fail_file(path_, "the file cannot be mapped", why, read_instead);
+        }
+        CloseHandle(mapping);  // the view keeps it alive
+        return view;
+    }
+    static void unmap(const void* data, std::size_t) { UnmapViewOfFile(data); }
+    // Reads up to n bytes at the current position; 0 at the end, negative after an error.
+    std::int64_t read(std::byte* to, std::size_t n) const {
+        DWORD done = 0;
+        return ReadFile(handle_, to, static_cast<DWORD>(std::min<std::size_t>(n, 1u << 30)), &done, nullptr) ? static_cast<std::int64_t>(done) : -1;
+    }
+#else
+    explicit File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+        if (descriptor_ < 0) fail_file(path, "the file cannot be opened", system_error());
+        struct stat status;
+        const bool known = fstat(descriptor_, &status) == 0;
+        if (known && S_ISREG(status.st_mode)) {
+            size_ = static_cast<std::uint64_t>(status.st_size);
+            return;
+        }
+        const std::string why = !known ? system_error() : S_ISDIR(status.st_mode) ? "it is a directory" : "it is not an ordinary file";
+        ::close(descriptor_);
+        fail_file(path, "the file cannot be read", why);
+    }
+    ~File() { ::close(descriptor_); }
+    const void* map() const {
+        const void* view = mmap(nullptr, size(), PROT_READ, MAP_SHARED, descriptor_, 0);
+        if (view == MAP_FAILED) fail_file(path_, "the file cannot be mapped", system_error(), read_instead);
+        return view;
+    }
+    static void unmap(const void* data, std::size_t size) { munmap(const_cast<void*>(data), size); }
+    std::int64_t read(std::byte* to, std::size_t n) const {
+        for (;;) {
+            const auto done = ::read(descriptor_, to, std::min<std::size_t>(n, 1u << 30));
+            if (done >= 0 || errno != EINTR) return done;
+        }
+    }
+#endif
+
+    File(const File&) = delete;
+    File& operator=(const File&) = delete;
+    std::size_t size() const {
+        if (size_ > std::numeric_limits<std::size_t>::max()) fail_file(path_, "the file is too large", "this program has addresses of 32 bits", "Use a 64-bit system");
+        return static_cast<std::size_t>(size_);
+    }
+};
+
+FileMapping::FileMapping(const std::string& path) {
+    const File file(path);
+    if (file.size() == 0) return;  // systems refuse to map nothing
+    data_ = static_cast<const std::byte*>(file.map());
+    size_ = file.size();
+}
+
+FileMapping::~FileMapping() {
+    if (data_) File::unmap(data_, size_);
+}
+
+AlignedBuffer read_file(const std::string& path) {
+    const File file(path);
+    AlignedBuffer buffer(file.size(), true);
+    for (std::size_t done = 0; done < buffer.size();) {
+        const std::int64_t n = file.read(buffer.data() + done, buffer.size() - done);
+        if (n < 0) fail_file(path, "the file cannot be read", system_error());
+        if (n == 0) fail_file(path, "the file became shorter while it was read", std::to_string(done) + " of " + std::to_string(buffer.size()) + " bytes", "Try again");
+        done += static_cast<std::size_t>(n);
+    }
+    return buffer;
+}
+
+std::string environment(const char* name) {
+    const char* value = std::getenv(name);
+    return value ? value : "";
+}
+
+// ── The processor ──
+
+CpuFeatures cpu_features() {
+    CpuFeatures features;
+#if defined(__x86_64__) || defined(_M_X64)
+    std::uint32_t a, b, c, d;
+    const auto query = [&](std::uint32_t leaf, std::uint32_t subleaf) {
+#if defined(_MSC_VER) && !defined(__clang__)
+        int registers[4];
+        __cpuidex(registers, static_cast<int>(leaf), static_cast<int>(subleaf));
+        a = static_cast<std::uint32_t>(registers[0]), b = static_cast<std::uint32_t>(registers[1]);
+        c = static_cast<std::uint32_t>(registers[2]), d = static_cast<std::uint32_t>(registers[3]);
+#else
+        __cpuid_count(leaf, subleaf, a, b, c, d);
+#endif
+    };
+    const auto has = [](std::uint32_t bits, int bit) { return (bits >> bit & 1) != 0; };
+    query(0, 0);
+    const std::uint32_t leaves = a;
+    if (leaves < 7) return features;
+    query(1, 0);
+    if (!has(c, 27)) return features;  // no OSXSAVE: the system saves no wide registers
+    const bool avx_fma_f16c = has(c, 28) && has(c, 12) && has(c, 29);
+    // XCR0: the state that the system saves when it switches threads. Bits 1, 2: xmm and ymm; 5 to 7: masks and zmm.
+#if defined(_MSC_VER) && !defined(__clang__)
+    const auto saved = static_cast<std::uint32_t>(_xgetbv(0));
+#else
+    std::uint32_t saved, high;
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+#endif
+    query(7, 0);
+    const std::uint32_t subleaves = a;
+    features.avx2_fma_f16c = avx_fma_f16c && (saved & 0x06) == 0x06 && has(b, 5);
+    features.avx512 = features.avx2_fma_f16c && (saved & 0xe6) == 0xe6 && has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
+    features.avx512_vnni = features.avx512 && has(c, 11);
+    if (subleaves >= 1) {
+        query(7, 1);
+        features.avx_vnni = features.avx2_fma_f16c && has(a, 4);
+        features.avx512_bf16 = features.avx512 && has(a, 5);
+    }
+#endif
+    return features;
+}
+
+int usable_cpus() {
+    int cpus = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#if defined(__linux__)
+    cpu_set_t mask;  // the first 1024 processors; with more of them the call fails and the number above stands
+    if (sched_getaffinity(0, sizeof mask, &mask) == 0) cpus = std::max(1, CPU_COUNT(&mask));
+    // A container may have less time than processors: "200000 100000" is 200 of every 100 ms.
+    if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "re")) {
+        long long quota = 0, period = 0;
+        if (std::fscanf(file, "%lld %lld", &quota, &period) == 2 && quota > 0 && period > 0)
+            cpus = static_cast<int>(std::clamp((quota + period - 1) / period, 1LL, static_cast<long long>(cpus)));
+        std::fclose(file);
+    }
+#endif
+    return cpus;
+}
+
+// x86's MXCSR 0x1f80: round to nearest, keep denormals, trap nothing. The upper flags are results of past operations: they stay.
+FloatEnvironment::FloatEnvironment() noexcept {
+#if defined(__x86_64__) || defined(_M_X64)
+    saved_ = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+#elif defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
+#endif
+}
+
+FloatEnvironment::~FloatEnvironment() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_setcsr(static_cast<unsigned>(saved_));
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved_));
+#endif
+}
+
+// ── Unicode ──
+
+// Written by tests/golden/make_tokenizer_golden.py --unicode-tables with tiktoken 0.14.0.
+// An entry is (first code point << 2) | class; class 0 other, 1 letter, 2 number, 3 white space; the run extends
+// to the next entry. Not ASCII, but matched in contractions: U+017F (long s) as s.
+static constexpr uint32_t unicode_runs[] = {
+    0x0, 0x27, 0x38, 0x83, 0x84, 0xc2, 0xe8, 0x105, 0x16c, 0x185, 0x1ec, 0x217, 0x218, 0x283, 0x284, 0x2a9, 0x2ac, 0x2ca, 0x2d0,
+    0x2d5, 0x2d8, 0x2e6, 0x2e9, 0x2ec, 0x2f2, 0x2fc, 0x301, 0x35c, 0x361, 0x3dc, 0x3e1, 0xb08, 0xb19, 0xb48, 0xb81, 0xb94,
+    0xbb1, 0xbb4, 0xbb9, 0xbbc, 0xdc1, 0xdd4, 0xdd9, 0xde0, 0xde9, 0xdf8, 0xdfd, 0xe00, 0xe19, 0xe1c, 0xe21, 0xe2c, 0xe31,
+    0xe34, 0xe39, 0xe88, 0xe8d, 0xfd8, 0xfdd, 0x1208, 0x1229, 0x14c0, 0x14c5, 0x155c, 0x1565, 0x1568, 0x1581, 0x1624, 0x1741,
+    0x17ac, 0x17bd, 0x17cc, 0x1881, 0x192c, 0x1982, 0x19a8, 0x19b9, 0x19c0, 0x19c5, 0x1b50, 0x1b55, 0x1b58, 0x1b95, 0x1b9c,
+    0x1bb9, 0x1bc2, 0x1be9, 0x1bf4, 0x1bfd, 0x1c00, 0x1c41, 0x1c44, 0x1c49, 0x1cc0, 0x1d35, 0x1e98, 0x1ec5, 0x1ec8, 0x1f02,
+    0x1f29, 0x1fac, 0x1fd1, 0x1fd8, 0x1fe9, 0x1fec, 0x2001, 0x2058, 0x2069, 0x206c, 0x2091, 0x2094, 0x20a1, 0x20a4, 0x2101,
+    0x2164, 0x2181, 0x21ac, 0x21c1, 0x2220, 0x2225, 0x223c, 0x2281, 0x2328, 0x2411, 0x24e8, 0x24f5, 0x24f8, 0x2541, 0x2544,
+    0x2561, 0x2588, 0x259a, 0x25c0, 0x25c5, 0x2604, 0x2615, 0x2634, 0x263d, 0x2644, 0x264d, 0x26a4, 0x26a9, 0x26c4, 0x26c9,
+    0x26cc, 0x26d9, 0x26e8, 0x26f5, 0x26f8, 0x2739, 0x273c, 0x2771, 0x2778, 0x277d, 0x2788, 0x279a, 0x27c1, 0x27c8, 0x27d2,
+    0x27e8, 0x27f1, 0x27f4, 0x2815, 0x282c, 0x283d, 0x2844, 0x284d, 0x28a4, 0x28a9, 0x28c4, 0x28c9, 0x28d0, 0x28d5, 0x28dc,
+    0x28e1, 0x28e8, 0x2965, 0x2974, 0x2979, 0x297c, 0x299a, 0x29c0, 0x29c9, 0x29d4, 0x2a15, 0x2a38, 0x2a3d, 0x2a48, 0x2a4d,
+    0x2aa4, 0x2aa9, 0x2ac4, 0x2ac9, 0x2ad0, 0x2ad5, 0x2ae8, 0x2af5, 0x2af8, 0x2b41, 0x2b44, 0x2b81, 0x2b88, 0x2b9a, 0x2bc0,
+    0x2be5, 0x2be8, 0x2c15, 0x2c34, 0x2c3d, 0x2c44, 0x2c4d, 0x2ca4, 0x2ca9, 0x2cc4, 0x2cc9, 0x2cd0, 0x2cd5, 0x2ce8, 0x2cf5,
+    0x2cf8, 0x2d71, 0x2d78, 0x2d7d, 0x2d88, 0x2d9a, 0x2dc0, 0x2dc5, 0x2dca, 0x2de0, 0x2e0d, 0x2e10, 0x2e15, 0x2e2c, 0x2e39,
+    0x2e44, 0x2e49, 0x2e58, 0x2e65, 0x2e6c, 0x2e71, 0x2e74, 0x2e79, 0x2e80, 0x2e8d, 0x2e94, 0x2ea1, 0x2eac, 0x2eb9, 0x2ee8,
+    0x2f41, 0x2f44, 0x2f9a, 0x2fcc, 0x3015, 0x3034, 0x3039, 0x3044, 0x3049, 0x30a4, 0x30a9, 0x30e8, 0x30f5, 0x30f8, 0x3161,
+    0x316c, 0x3175, 0x3178, 0x3181, 0x3188, 0x319a, 0x31c0, 0x31e2, 0x31fc, 0x3201, 0x3204, 0x3215, 0x3234, 0x3239, 0x3244,
+    0x3249, 0x32a4, 0x32a9, 0x32d0, 0x32d5, 0x32e8, 0x32f5, 0x32f8, 0x3375, 0x337c, 0x3381, 0x3388, 0x339a, 0x33c0, 0x33c5,
+    0x33cc, 0x3411, 0x3434, 0x3439, 0x3444, 0x3449, 0x34ec, 0x34f5, 0x34f8, 0x3539, 0x353c, 0x3551, 0x355c, 0x3562, 0x357d,
+    0x3588, 0x359a, 0x35e4, 0x35e9, 0x3600, 0x3615, 0x365c, 0x3669, 0x36c8, 0x36cd, 0x36f0, 0x36f5, 0x36f8, 0x3701, 0x371c,
+    0x379a, 0x37c0, 0x3805, 0x38c4, 0x38c9, 0x38d0, 0x3901, 0x391c, 0x3942, 0x3968, 0x3a05, 0x3a0c, 0x3a11, 0x3a14, 0x3a19,
+    0x3a2c, 0x3a31, 0x3a90, 0x3a95, 0x3a98, 0x3a9d, 0x3ac4, 0x3ac9, 0x3ad0, 0x3af5, 0x3af8, 0x3b01, 0x3b14, 0x3b19, 0x3b1c,
+    0x3b42, 0x3b68, 0x3b71, 0x3b80, 0x3c01, 0x3c04, 0x3c82, 0x3cd0, 0x3d01, 0x3d20, 0x3d25, 0x3db4, 0x3e21, 0x3e34, 0x4001,
+    0x40ac, 0x40fd, 0x4102, 0x4128, 0x4141, 0x4158, 0x4169, 0x4178, 0x4185, 0x4188, 0x4195, 0x419c, 0x41b9, 0x41c4, 0x41d5,
+    0x4208, 0x4239, 0x423c, 0x4242, 0x4268, 0x4281, 0x4318, 0x431d, 0x4320, 0x4335, 0x4338, 0x4341, 0x43ec, 0x43f1, 0x4924,
+    0x4929, 0x4938, 0x4941, 0x495c, 0x4961, 0x4964, 0x4969, 0x4978, 0x4981, 0x4a24, 0x4a29, 0x4a38, 0x4a41, 0x4ac4, 0x4ac9,
+    0x4ad8, 0x4ae1, 0x4afc, 0x4b01, 0x4b04, 0x4b09, 0x4b18, 0x4b21, 0x4b5c, 0x4b61, 0x4c44, 0x4c49, 0x4c58, 0x4c61, 0x4d6c,
+    0x4da6, 0x4df4, 0x4e01, 0x4e40, 0x4e81, 0x4fd8, 0x4fe1, 0x4ff8, 0x5005, 0x59b4, 0x59bd, 0x5a03, 0x5a05, 0x5a6c, 0x5a81,
+    0x5bac, 0x5bba, 0x5bc5, 0x5be4, 0x5c01, 0x5c48, 0x5c7d, 0x5cc8, 0x5d01, 0x5d48, 0x5d81, 0x5db4, 0x5db9, 0x5dc4, 0x5e01,
+    0x5ed0, 0x5f5d, 0x5f60, 0x5f71, 0x5f74, 0x5f82, 0x5fa8, 0x5fc2, 0x5fe8, 0x6042, 0x6068, 0x6081, 0x61e4, 0x6201, 0x6214,
+    0x621d, 0x62a4, 0x62a9, 0x62ac, 0x62c1, 0x63d8, 0x6401, 0x647c, 0x651a, 0x6541, 0x65b8, 0x65c1, 0x65d4, 0x6601, 0x66b0,
+    0x66c1, 0x6728, 0x6742, 0x676c, 0x6801, 0x685c, 0x6881, 0x6954, 0x6a02, 0x6a28, 0x6a42, 0x6a68, 0x6a9d, 0x6aa0, 0x6c15,
+    0x6cd0, 0x6d15, 0x6d34, 0x6d42, 0x6d68, 0x6e0d, 0x6e84, 0x6eb9, 0x6ec2, 0x6ee9, 0x6f98, 0x7001, 0x7090, 0x7102, 0x7128,
+    0x7135, 0x7142, 0x7169, 0x71f8, 0x7201, 0x722c, 0x7241, 0x72ec, 0x72f5, 0x7300, 0x73a5, 0x73b4, 0x73b9, 0x73d0, 0x73d5,
+    0x73dc, 0x73e9, 0x73ec, 0x7401, 0x7700, 0x7801, 0x7c58, 0x7c61, 0x7c78, 0x7c81, 0x7d18, 0x7d21, 0x7d38, 0x7d41, 0x7d60,
+    0x7d65, 0x7d68, 0x7d6d, 0x7d70, 0x7d75, 0x7d78, 0x7d7d, 0x7df8, 0x7e01, 0x7ed4, 0x7ed9, 0x7ef4, 0x7ef9, 0x7efc, 0x7f09,
+    0x7f14, 0x7f19, 0x7f34, 0x7f41, 0x7f50, 0x7f59, 0x7f70, 0x7f81, 0x7fb4, 0x7fc9, 0x7fd4, 0x7fd9, 0x7ff4, 0x8003, 0x802c,
+    0x80a3, 0x80a8, 0x80bf, 0x80c0, 0x817f, 0x8180, 0x81c2, 0x81c5, 0x81c8, 0x81d2, 0x81e8, 0x81fd, 0x8202, 0x8228, 0x8241,
+    0x8274, 0x8409, 0x840c, 0x841d, 0x8420, 0x8429, 0x8450, 0x8455, 0x8458, 0x8465, 0x8478, 0x8491, 0x8494, 0x8499, 0x849c,
+    0x84a1, 0x84a4, 0x84a9, 0x84b8, 0x84bd, 0x84e8, 0x84f1, 0x8500, 0x8515, 0x8528, 0x8539, 0x853c, 0x8542, 0x860d, 0x8616,
+    0x8628, 0x9182, 0x9270, 0x93aa, 0x9400, 0x9dda, 0x9e50, 0xb001, 0xb394, 0xb3ad, 0xb3bc, 0xb3c9, 0xb3d0, 0xb3f6, 0xb3f8,
+    0xb401, 0xb498, 0xb49d, 0xb4a0, 0xb4b5, 0xb4b8, 0xb4c1, 0xb5a0, 0xb5bd, 0xb5c0, 0xb601, 0xb65c, 0xb681, 0xb69c, 0xb6a1,
+    0xb6bc, 0xb6c1, 0xb6dc, 0xb6e1, 0xb6fc, 0xb701, 0xb71c, 0xb721, 0xb73c, 0xb741, 0xb75c, 0xb761, 0xb77c, 0xb8bd, 0xb8c0,
+    0xc003, 0xc004, 0xc015, 0xc01e, 0xc020, 0xc086, 0xc0a8, 0xc0c5, 0xc0d8, 0xc0e2, 0xc0ed, 0xc0f4, 0xc105, 0xc25c, 0xc275,
+    0xc280, 0xc285, 0xc3ec, 0xc3f1, 0xc400, 0xc415, 0xc4c0, 0xc4c5, 0xc63c, 0xc64a, 0xc658, 0xc681, 0xc700, 0xc7c1, 0xc800,
+    0xc882, 0xc8a8, 0xc922, 0xc940, 0xc946, 0xc980, 0xca02, 0xca28, 0xcac6, 0xcb00, 0xd001, 0x13700, 0x13801, 0x29234, 0x29341,
+    0x293f8, 0x29401, 0x29834, 0x29841, 0x29882, 0x298a9, 0x298b0, 0x29901, 0x299bc, 0x299fd, 0x29a78, 0x29a81, 0x29b9a,
+    0x29bc0, 0x29c5d, 0x29c80, 0x29c89, 0x29e24, 0x29e2d, 0x29f38, 0x29f41, 0x29f48, 0x29f4d, 0x29f50, 0x29f55, 0x29f74,
+    0x29fc9, 0x2a008, 0x2a00d, 0x2a018, 0x2a01d, 0x2a02c, 0x2a031, 0x2a08c, 0x2a0c2, 0x2a0d8, 0x2a101, 0x2a1d0, 0x2a209,
+    0x2a2d0, 0x2a342, 0x2a368, 0x2a3c9, 0x2a3e0, 0x2a3ed, 0x2a3f0, 0x2a3f5, 0x2a3fc, 0x2a402, 0x2a429, 0x2a498, 0x2a4c1,
+    0x2a51c, 0x2a581, 0x2a5f4, 0x2a611, 0x2a6cc, 0x2a73d, 0x2a742, 0x2a768, 0x2a781, 0x2a794, 0x2a799, 0x2a7c2, 0x2a7e9,
+    0x2a7fc, 0x2a801, 0x2a8a4, 0x2a901, 0x2a90c, 0x2a911, 0x2a930, 0x2a942, 0x2a968, 0x2a981, 0x2a9dc, 0x2a9e9, 0x2a9ec,
+    0x2a9f9, 0x2aac0, 0x2aac5, 0x2aac8, 0x2aad5, 0x2aadc, 0x2aae5, 0x2aaf8, 0x2ab01, 0x2ab04, 0x2ab09, 0x2ab0c, 0x2ab6d,
+    0x2ab78, 0x2ab81, 0x2abac, 0x2abc9, 0x2abd4, 0x2ac05, 0x2ac1c, 0x2ac25, 0x2ac3c, 0x2ac45, 0x2ac5c, 0x2ac81, 0x2ac9c,
+    0x2aca1, 0x2acbc, 0x2acc1, 0x2ad6c, 0x2ad71, 0x2ada8, 0x2adc1, 0x2af8c, 0x2afc2, 0x2afe8, 0x2b001, 0x35e90, 0x35ec1,
+    0x35f1c, 0x35f2d, 0x35ff0, 0x3e401, 0x3e9b8, 0x3e9c1, 0x3eb68, 0x3ec01, 0x3ec1c, 0x3ec4d, 0x3ec60, 0x3ec75, 0x3ec78,
+    0x3ec7d, 0x3eca4, 0x3eca9, 0x3ecdc, 0x3ece1, 0x3ecf4, 0x3ecf9, 0x3ecfc, 0x3ed01, 0x3ed08, 0x3ed0d, 0x3ed14, 0x3ed19,
+    0x3eec8, 0x3ef4d, 0x3f4f8, 0x3f541, 0x3f640, 0x3f649, 0x3f720, 0x3f7c1, 0x3f7f0, 0x3f9c1, 0x3f9d4, 0x3f9d9, 0x3fbf4,
+    0x3fc42, 0x3fc68, 0x3fc85, 0x3fcec, 0x3fd05, 0x3fd6c, 0x3fd99, 0x3fefc, 0x3ff09, 0x3ff20, 0x3ff29, 0x3ff40, 0x3ff49,
+    0x3ff60, 0x3ff69, 0x3ff74, 0x40001, 0x40030, 0x40035, 0x4009c, 0x400a1, 0x400ec, 0x400f1, 0x400f8, 0x400fd, 0x40138,
+    0x40141, 0x40178, 0x40201, 0x403ec, 0x4041e, 0x404d0, 0x40502, 0x405e4, 0x4062a, 0x40630, 0x40a01, 0x40a74, 0x40a81,
+    0x40b44, 0x40b86, 0x40bf0, 0x40c01, 0x40c82, 0x40c90, 0x40cb5, 0x40d06, 0x40d09, 0x40d2a, 0x40d2c, 0x40d41, 0x40dd8,
+    0x40e01, 0x40e78, 0x40e81, 0x40f10, 0x40f21, 0x40f40, 0x40f46, 0x40f58, 0x41001, 0x41278, 0x41282, 0x412a8, 0x412c1,
+    0x41350, 0x41361, 0x413f0, 0x41401, 0x414a0, 0x414c1, 0x41590, 0x415c1, 0x415ec, 0x415f1, 0x4162c, 0x41631, 0x4164c,
+    0x41651, 0x41658, 0x4165d, 0x41688, 0x4168d, 0x416c8, 0x416cd, 0x416e8, 0x416ed, 0x416f4, 0x41701, 0x417d0, 0x41801,
+    0x41cdc, 0x41d01, 0x41d58, 0x41d81, 0x41da0, 0x41e01, 0x41e18, 0x41e1d, 0x41ec4, 0x41ec9, 0x41eec, 0x42001, 0x42018,
+    0x42021, 0x42024, 0x42029, 0x420d8, 0x420dd, 0x420e4, 0x420f1, 0x420f4, 0x420fd, 0x42158, 0x42162, 0x42181, 0x421dc,
+    0x421e6, 0x42201, 0x4227c, 0x4229e, 0x422c0, 0x42381, 0x423cc, 0x423d1, 0x423d8, 0x423ee, 0x42401, 0x4245a, 0x42470,
+    0x42481, 0x424e8, 0x42601, 0x426e0, 0x426f2, 0x426f9, 0x42702, 0x42740, 0x4274a, 0x42801, 0x42804, 0x42841, 0x42850,
+    0x42855, 0x42860, 0x42865, 0x428d8, 0x42902, 0x42924, 0x42981, 0x429f6, 0x429fc, 0x42a01, 0x42a76, 0x42a80, 0x42b01,
+    0x42b20, 0x42b25, 0x42b94, 0x42bae, 0x42bc0, 0x42c01, 0x42cd8, 0x42d01, 0x42d58, 0x42d62, 0x42d81, 0x42dcc, 0x42de2,
+    0x42e01, 0x42e48, 0x42ea6, 0x42ec0, 0x43001, 0x43124, 0x43201, 0x432cc, 0x43301, 0x433cc, 0x433ea, 0x43401, 0x43490,
+    0x434c2, 0x434e8, 0x43502, 0x43529, 0x43598, 0x435bd, 0x43618, 0x43982, 0x439fc, 0x43a01, 0x43aa8, 0x43ac1, 0x43ac8,
+    0x43b09, 0x43b14, 0x43c01, 0x43c76, 0x43c9d, 0x43ca0, 0x43cc1, 0x43d18, 0x43d46, 0x43d54, 0x43dc1, 0x43e08, 0x43ec1,
+    0x43f16, 0x43f30, 0x43f81, 0x43fdc, 0x4400d, 0x440e0, 0x4414a, 0x441c0, 0x441c5, 0x441cc, 0x441d5, 0x441d8, 0x4420d,
+    0x442c0, 0x44341, 0x443a4, 0x443c2, 0x443e8, 0x4440d, 0x4449c, 0x444da, 0x44500, 0x44511, 0x44514, 0x4451d, 0x44520,
+    0x44541, 0x445cc, 0x445d9, 0x445dc, 0x4460d, 0x446cc, 0x44705, 0x44714, 0x44742, 0x44769, 0x4476c, 0x44771, 0x44774,
+    0x44786, 0x447d4, 0x44801, 0x44848, 0x4484d, 0x448b0, 0x448fd, 0x44904, 0x44a01, 0x44a1c, 0x44a21, 0x44a24, 0x44a29,
+    0x44a38, 0x44a3d, 0x44a78, 0x44a7d, 0x44aa4, 0x44ac1, 0x44b7c, 0x44bc2, 0x44be8, 0x44c15, 0x44c34, 0x44c3d, 0x44c44,
+    0x44c4d, 0x44ca4, 0x44ca9, 0x44cc4, 0x44cc9, 0x44cd0, 0x44cd5, 0x44ce8, 0x44cf5, 0x44cf8, 0x44d41, 0x44d44, 0x44d75,
+    0x44d88, 0x44e01, 0x44e28, 0x44e2d, 0x44e30, 0x44e39, 0x44e3c, 0x44e41, 0x44ed8, 0x44edd, 0x44ee0, 0x44f45, 0x44f48,
+    0x44f4d, 0x44f50, 0x45001, 0x450d4, 0x4511d, 0x4512c, 0x45142, 0x45168, 0x4517d, 0x45188, 0x45201, 0x452c0, 0x45311,
+    0x45318, 0x4531d, 0x45320, 0x45342, 0x45368, 0x45601, 0x456bc, 0x45761, 0x45770, 0x45801, 0x458c0, 0x45911, 0x45914,
+    0x45942, 0x45968, 0x45a01, 0x45aac, 0x45ae1, 0x45ae4, 0x45b02, 0x45b28, 0x45b42, 0x45b90, 0x45c01, 0x45c6c, 0x45cc2,
+    0x45cf0, 0x45d01, 0x45d1c, 0x46001, 0x460b0, 0x46281, 0x46382, 0x463cc, 0x463fd, 0x4641c, 0x46425, 0x46428, 0x46431,
+    0x46450, 0x46455, 0x4645c, 0x46461, 0x464c0, 0x464fd, 0x46500, 0x46505, 0x46508, 0x46542, 0x46568, 0x46681, 0x466a0,
+    0x466a9, 0x46744, 0x46785, 0x46788, 0x4678d, 0x46790, 0x46801, 0x46804, 0x4682d, 0x468cc, 0x468e9, 0x468ec, 0x46941,
+    0x46944, 0x46971, 0x46a28, 0x46a75, 0x46a78, 0x46ac1, 0x46be4, 0x46f01, 0x46f84, 0x46fc2, 0x46fe8, 0x47001, 0x47024,
+    0x47029, 0x470bc, 0x47101, 0x47104, 0x47142, 0x471b4, 0x471c9, 0x47240, 0x47401, 0x4741c, 0x47421, 0x47428, 0x4742d,
+    0x474c4, 0x47519, 0x4751c, 0x47542, 0x47568, 0x47581, 0x47598, 0x4759d, 0x475a4, 0x475a9, 0x47628, 0x47661, 0x47664,
+    0x47682, 0x476a8, 0x47b81, 0x47bcc, 0x47c09, 0x47c0c, 0x47c11, 0x47c44, 0x47c49, 0x47cd0, 0x47d42, 0x47d68, 0x47ec1,
+    0x47ec4, 0x47f02, 0x47f54, 0x48001, 0x48e68, 0x49002, 0x491bc, 0x49201, 0x49510, 0x4be41, 0x4bfc4, 0x4c001, 0x4d0c0,
+    0x4d105, 0x4d11c, 0x4d181, 0x50fec, 0x51001, 0x5191c, 0x58401, 0x58478, 0x584c2, 0x584e8, 0x5a001, 0x5a8e4, 0x5a901,
+    0x5a97c, 0x5a982, 0x5a9a8, 0x5a9c1, 0x5aafc, 0x5ab02, 0x5ab28, 0x5ab41, 0x5abb8, 0x5ac01, 0x5acc0, 0x5ad01, 0x5ad10,
+    0x5ad42, 0x5ad68, 0x5ad6e, 0x5ad88, 0x5ad8d, 0x5ade0, 0x5adf5, 0x5ae40, 0x5b501, 0x5b5b4, 0x5b5c2, 0x5b5e8, 0x5b901,
+    0x5ba02, 0x5ba5c, 0x5bc01, 0x5bd2c, 0x5bd41, 0x5bd44, 0x5be4d, 0x5be80, 0x5bf81, 0x5bf88, 0x5bf8d, 0x5bf90, 0x5c001,
+    0x61fe0, 0x62001, 0x63358, 0x633fd, 0x63424, 0x6bfc1, 0x6bfd0, 0x6bfd5, 0x6bff0, 0x6bff5, 0x6bffc, 0x6c001, 0x6c48c,
+    0x6c4c9, 0x6c4cc, 0x6c541, 0x6c54c, 0x6c555, 0x6c558, 0x6c591, 0x6c5a0, 0x6c5c1, 0x6cbf0, 0x6f001, 0x6f1ac, 0x6f1c1,
+    0x6f1f4, 0x6f201, 0x6f224, 0x6f241, 0x6f268, 0x733c2, 0x733e8, 0x74b02, 0x74b50, 0x74b82, 0x74bd0, 0x74d82, 0x74de4,
+    0x75001, 0x75154, 0x75159, 0x75274, 0x75279, 0x75280, 0x75289, 0x7528c, 0x75295, 0x7529c, 0x752a5, 0x752b4, 0x752b9,
+    0x752e8, 0x752ed, 0x752f0, 0x752f5, 0x75310, 0x75315, 0x75418, 0x7541d, 0x7542c, 0x75435, 0x75454, 0x75459, 0x75474,
+    0x75479, 0x754e8, 0x754ed, 0x754fc, 0x75501, 0x75514, 0x75519, 0x7551c, 0x75529, 0x75544, 0x75549, 0x75a98, 0x75aa1,
+    0x75b04, 0x75b09, 0x75b6c, 0x75b71, 0x75bec, 0x75bf1, 0x75c54, 0x75c59, 0x75cd4, 0x75cd9, 0x75d3c, 0x75d41, 0x75dbc,
+    0x75dc1, 0x75e24, 0x75e29, 0x75ea4, 0x75ea9, 0x75f0c, 0x75f11, 0x75f30, 0x75f3a, 0x76000, 0x77c01, 0x77c7c, 0x77c95,
+    0x77cac, 0x780c1, 0x781b8, 0x78401, 0x784b4, 0x784dd, 0x784f8, 0x78502, 0x78528, 0x78539, 0x7853c, 0x78a41, 0x78ab8,
+    0x78b01, 0x78bb0, 0x78bc2, 0x78be8, 0x79341, 0x793b0, 0x793c2, 0x793e8, 0x79741, 0x797b8, 0x797c1, 0x797c6, 0x797ec,
+    0x79f81, 0x79f9c, 0x79fa1, 0x79fb0, 0x79fb5, 0x79fbc, 0x79fc1, 0x79ffc, 0x7a001, 0x7a314, 0x7a31e, 0x7a340, 0x7a401,
+    0x7a510, 0x7a52d, 0x7a530, 0x7a542, 0x7a568, 0x7b1c6, 0x7b2b0, 0x7b2b6, 0x7b2c0, 0x7b2c6, 0x7b2d4, 0x7b406, 0x7b4b8,
+    0x7b4be, 0x7b4f8, 0x7b801, 0x7b810, 0x7b815, 0x7b880, 0x7b885, 0x7b88c, 0x7b891, 0x7b894, 0x7b89d, 0x7b8a0, 0x7b8a5,
+    0x7b8cc, 0x7b8d1, 0x7b8e0, 0x7b8e5, 0x7b8e8, 0x7b8ed, 0x7b8f0, 0x7b909, 0x7b90c, 0x7b91d, 0x7b920, 0x7b925, 0x7b928,
+    0x7b92d, 0x7b930, 0x7b935, 0x7b940, 0x7b945, 0x7b94c, 0x7b951, 0x7b954, 0x7b95d, 0x7b960, 0x7b965, 0x7b968, 0x7b96d,
+    0x7b970, 0x7b975, 0x7b978, 0x7b97d, 0x7b980, 0x7b985, 0x7b98c, 0x7b991, 0x7b994, 0x7b99d, 0x7b9ac, 0x7b9b1, 0x7b9cc,
+    0x7b9d1, 0x7b9e0, 0x7b9e5, 0x7b9f4, 0x7b9f9, 0x7b9fc, 0x7ba01, 0x7ba28, 0x7ba2d, 0x7ba70, 0x7ba85, 0x7ba90, 0x7ba95,
+    0x7baa8, 0x7baad, 0x7baf0, 0x7c402, 0x7c434, 0x7efc2, 0x7efe8, 0x80001, 0xa9b80, 0xa9c01, 0xadce8, 0xadd01, 0xae078,
+    0xae081, 0xb3a88, 0xb3ac1, 0xbaf84, 0xbafc1, 0xbb978, 0xbe001, 0xbe878, 0xc0001, 0xc4d2c, 0xc4d41, 0xc8ec0,
+};
+
+std::span<const std::uint32_t> unicode_classes() { return unicode_runs; }
+
+}  // namespace detail
+}  // namespace llama3
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
+
+#endif  // LLAMA3_KERNELS
+#endif  // LLAMA3_IMPLEMENTATION
+
+// MIT License
+//
+// Copyright (c) 2026 the llama3.hpp authors
+//
+// Permission is hereby granted, free of charge, to any person obtaining a copy
+// of this software and associated documentation files (the "Software"), to deal
+// in the Software without restriction, including without limitation the rights
+// to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+// copies of the Software, and to permit persons to whom the Software is
+// furnished to do so, subject to the following conditions:
+//
+// The above copyright notice and this permission notice shall be included in all
+// copies or substantial portions of the Software.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+// IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+// FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+// AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+// LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+// OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+// SOFTWARE.

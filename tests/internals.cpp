@@ -1,0 +1,11 @@
+// The tests of the sections whose types exist only inside the implementation: one program, compiled together with it.
+#define LLAMA3_IMPLEMENTATION
+#include "llama3.hpp"
+
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include "test_05_reference.inl"
+#include "test_08_number_formats.inl"
+#include "test_09_kernels.inl"
+#include "test_12_cpu_backend.inl"

@@ -1,0 +1,162 @@
+// §9: every kernel of every instruction set that this machine has, bit for bit against §5.
+#include <random>
+
+namespace {
+
+std::vector<const d::Kernels*> kernels_here() {
+    std::vector<const d::Kernels*> found;
+    for (const d::KernelChoice& choice : d::all_kernels())
+        if (choice.supported) found.push_back(choice.kernels);
+    return found;
+}
+
+std::vector<float> random_floats(std::size_t n, std::uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::vector<float> values(n);
+    for (float& x : values) x = static_cast<float>(static_cast<int>(random() % 40001) - 20000) / 8000;
+    return values;
+}
+
+bool same_bits(const float* a, const float* b, std::size_t n) { return std::memcmp(a, b, 4 * n) == 0; }
+
+// A matrix of random weights in panels, with memory of its own.
+struct RandomMatrix {
+    d::AlignedBuffer memory;
+    Matrix matrix;
+    RandomMatrix(Format format, int rows, int columns, int segments, std::uint64_t seed) {
+        const int padded = static_cast<int>(round_up(columns, unit_columns(format)));
+        matrix = {format, nullptr, rows, columns, segments, static_cast<std::size_t>(padded / unit_columns(format)) * unit_bytes(format)};
+        memory = d::AlignedBuffer(static_cast<std::size_t>(matrix.panels()) * matrix.panel_stride);
+        matrix.data = memory.data();
+        const std::vector<float> values = random_floats(static_cast<std::size_t>(rows * columns), seed);
+        for (int panel = 0; panel < matrix.panels(); ++panel) {
+            std::vector<float> sixteen(static_cast<std::size_t>(16 * padded));
+            for (int r = 0; r < 16 && panel * 16 + r < rows; ++r)
+                std::copy_n(values.begin() + (panel * 16 + r) * columns, columns, sixteen.begin() + r * padded);
+            d::encode_panel(format, sixteen.data(), padded, memory.data() + static_cast<std::size_t>(panel) * matrix.panel_stride);
+        }
+    }
+};
+
+void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens, bool add) {
+    const Matrix& m = w.matrix;
+    const std::size_t stride = static_cast<std::size_t>(round_up(m.columns, 64)), out_stride = static_cast<std::size_t>(round_up(m.rows, 64));
+    std::vector<float> x(static_cast<std::size_t>(tokens) * stride);
+    for (int t = 0; t < tokens; ++t) {
+        const std::vector<float> row = random_floats(static_cast<std::size_t>(m.columns), static_cast<std::uint64_t>(t + 1));
+        std::copy(row.begin(), row.end(), x.begin() + t * static_cast<int>(stride));
+    }
+    d::AlignedBuffer packed(static_cast<std::size_t>(tokens) * d::packed_bytes(m.format, m.columns));
+    for (int t = 0; t < tokens; t += kernels.tile_tokens)
+        kernels.pack(m.format, packed.data() + static_cast<std::size_t>(t) * d::packed_bytes(m.format, m.columns), x.data() + static_cast<std::size_t>(t) * stride, stride,
+                     std::min(kernels.tile_tokens, tokens - t), m.columns);
+    std::vector<float> out(static_cast<std::size_t>(tokens) * out_stride, 0.25f);
+    const int half = m.panels() / 2;  // in two runs of panels, as two threads would
+    kernels.multiply({m, packed.data(), tokens, out.data(), out_stride, add, half, m.panels()});
+    kernels.multiply({m, packed.data(), tokens, out.data(), out_stride, add, 0, half});
+    std::vector<float> expected(static_cast<std::size_t>(m.rows));
+    for (int t = 0; t < tokens; ++t) {
+        d::linear(expected.data(), m, x.data() + static_cast<std::size_t>(t) * stride);
+        for (std::size_t r = 0; r < expected.size(); ++r) {
+            if (add) expected[r] = 0.25f + expected[r];
+            const float found = out[static_cast<std::size_t>(t) * out_stride + r];
+            if (m.format == Format::bf16 && kernels.own_bf16) {
+                if (!(std::abs(found - expected[r]) <= 1e-4f * (1 + std::abs(expected[r])))) FAIL(kernels.name, " token ", t, " row ", r, ": ", found, " for ", expected[r]);
+            } else if (!same_bits(&found, &expected[r], 1)) {
+                FAIL(kernels.name, " ", format_name(m.format), " ", m.rows, "x", m.columns, " token ", t, " of ", tokens, " row ", r, ": ", found, " for ", expected[r]);
+            }
+        }
+    }
+}
+
+TEST_SUITE("core: kernels") {
+    TEST_CASE("products have the bits of the reference for every format, shape, batch and segment count") {
+        for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4})
+            for (const auto& [rows, columns, segments] : {std::array{16, 64, 1}, std::array{40, 100, 1}, std::array{5, 7, 1}, std::array{64, 512, 8}, std::array{72, 128, 2}, std::array{48, 448, 1}}) {
+                const RandomMatrix w(format, rows, columns, segments, static_cast<std::uint64_t>(rows * columns));
+                for (const d::Kernels* kernels : kernels_here())
+                    for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 13}) check_product(*kernels, w, tokens, tokens % 2 == 0);
+            }
+        CHECK(kernels_here().size() >= 1);
+    }
+
+    TEST_CASE("extreme bytes do not saturate") {
+        RandomMatrix q8(Format::q8, 16, 64, 1, 3), q4(Format::q4, 16, 64, 1, 4);
+        for (std::size_t i = 0; i < 1024; ++i) q8.memory.data()[i] = static_cast<std::byte>(i % 3 ? 127 : 129);
+        for (std::size_t i = 0; i < 512; ++i) q4.memory.data()[i] = static_cast<std::byte>(i % 3 ? 0xff : 0x0f);
+        std::vector<float> x(64);
+        for (std::size_t i = 0; i < 64; ++i) x[i] = i % 5 == 4 ? -1.0f : 1.0f;
+        for (const RandomMatrix* w : {&q8, &q4})
+            for (const d::Kernels* kernels : kernels_here()) {
+                std::vector<float> out(64), expected(16);
+                d::AlignedBuffer packed(d::packed_bytes(w->matrix.format, 64));
+                kernels->pack(w->matrix.format, packed.data(), x.data(), 64, 1, 64);
+                kernels->multiply({w->matrix, packed.data(), 1, out.data(), 64, false, 0, 1});
+                d::linear(expected.data(), w->matrix, x.data());
+                CHECK(same_bits(out.data(), expected.data(), 16));
+            }
+    }
+
+    TEST_CASE("NaN and infinity in the activations reach every output they touch") {
+        for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
+            const RandomMatrix w(format, 16, 64, 1, 5);
+            for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
+                for (const d::Kernels* kernels : kernels_here()) {
+                    std::vector<float> x(64, 1.0f), out(64);
+                    x[40] = bad;
+                    d::AlignedBuffer packed(d::packed_bytes(format, 64));
+                    kernels->pack(format, packed.data(), x.data(), 64, 1, 64);
+                    kernels->multiply({w.matrix, packed.data(), 1, out.data(), 64, false, 0, 1});
+                    for (int r = 0; r < 16; ++r) CHECK(!(std::abs(out[static_cast<std::size_t>(r)]) < 1e30f));
+                }
+        }
+    }
+
+    TEST_CASE("the norm and SwiGLU have the bits of the reference at every width") {
+        for (const d::Kernels* kernels : kernels_here())
+            for (int n : {1, 3, 8, 15, 16, 17, 40, 100, 256}) {
+                const std::size_t padded = static_cast<std::size_t>(round_up(n, 64)), count = static_cast<std::size_t>(n);
+                std::vector<float> x = random_floats(padded, 6), weight = random_floats(padded, 7), out(padded), expected(padded);
+                kernels->normalise(out.data(), x.data(), weight.data(), n, 1e-5f);
+                d::rmsnorm(expected.data(), x.data(), weight.data(), n, 1e-5f);
+                CHECK(same_bits(out.data(), expected.data(), count));
+                std::vector<float> gate = random_floats(padded, 8), up = random_floats(padded, 9);
+                for (std::size_t i = 0; i < padded; ++i) gate[i] *= 40, expected[i] = d::silu(gate[i]) * up[i];
+                kernels->swiglu(gate.data(), up.data(), static_cast<int>(padded));
+                CHECK(same_bits(gate.data(), expected.data(), padded));
+            }
+    }
+
+    TEST_CASE("attention has the bits of the reference for every cache format, head width and group of heads") {
+        Config config;
+        config.n_layers = 2, config.n_kv_heads = 2;
+        for (int head_dim : {2, 8, 16, 20, 64, 128})
+            for (Format kv : {Format::f32, Format::bf16, Format::q8}) {
+                config.head_dim = head_dim;
+                const int capacity = 1050;
+                const std::size_t width = static_cast<std::size_t>(head_dim);
+                d::ReferenceCache reference(config, capacity, kv);
+                d::CpuCache cache(config, capacity, kv);
+                for (int p = 0; p < capacity; ++p)
+                    for (int head = 0; head < 2; ++head) {
+                        const std::vector<float> key = random_floats(width, static_cast<std::uint64_t>(p * 4 + head)), value = random_floats(width, static_cast<std::uint64_t>(p * 4 + head + 2));
+                        reference.store(1, p, head, key.data(), value.data());
+                        cache.store(1, head, p, key.data(), value.data());
+                    }
+                std::vector<float> scratch(static_cast<std::size_t>(4 * attention_segment + 8 * d::padded_width(head_dim)));
+                for (int group : {1, 3, 8})
+                    for (int n : {1, 15, 16, 17, 511, 512, 513, 1050}) {
+                        const std::vector<float> query = random_floats(static_cast<std::size_t>(group) * width, static_cast<std::uint64_t>(n));
+                        std::vector<float> out(query.size()), expected(query.size());
+                        for (int g = 0; g < group; ++g) d::attend_reference(expected.data() + g * head_dim, query.data() + g * head_dim, reference, 1, 1, n, head_dim);
+                        for (const d::Kernels* kernels : kernels_here()) {
+                            std::fill(out.begin(), out.end(), -1.0f);
+                            kernels->attend({cache.view(1, 1), query.data(), out.data(), scratch.data(), group, n});
+                            if (!same_bits(out.data(), expected.data(), out.size())) FAIL(kernels->name, " E ", head_dim, " kv ", format_name(kv), " group ", group, " n ", n);
+                        }
+                    }
+            }
+    }
+}
+
+}  // namespace
