@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -113,7 +114,7 @@ class Tensor:
 
     @property
     def row_bytes(self) -> int:
-        return self.columns // self.type.block * self.type.size
+        return -(-self.columns // self.type.block) * self.type.size
 
     def blocks_of_rows(self) -> Iterator[tuple]:
         """Cuts the rows in ranges of whole panels whose f32 fit in the caches: twice as fast as ranges of 4 MB."""
@@ -122,11 +123,8 @@ class Tensor:
 
     def floats(self, first: int, last: int) -> np.ndarray:
         """Rows [first, last) as f32 [last - first, columns]. Exact: also the product of an fp16 and an int8 fits."""
-        values = decode(self.type, self.read(first, last))
-        if not np.isfinite(values).all():
-            row, column = np.argwhere(~np.isfinite(values))[0]
-            raise Fail(self.where, f"the number in row {first + row}, column {column} is {values[row, column]}, expected a "
-                       "finite one", "The checkpoint is damaged: download it again.")
+        values = decode(self.type, self.read(first, last))[:, :self.columns]
+        refuse(self, first, ~np.isfinite(values), "is not finite", "another copy of the checkpoint, this one is damaged")
         return values
 
 
@@ -192,19 +190,15 @@ def scaled(tensor: Tensor, scales: Tensor) -> Tensor:
         tensor.floats(first, last) * values[first:last]).view(np.uint8))
 
 
-def heads(tensor: Tensor, head_width: int, order: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """A tensor whose rows are reordered by `order`, which is given whole heads."""
+def interleaved(tensor: Tensor, head_width: int) -> Tensor:
+    """Hugging Face keeps the halves of a head apart; Meta, GGUF and we keep the two rows that RoPE turns side by side:
+    row c E/2 + i of a head becomes row 2i + c, for c = 0, 1."""
     def read(first: int, last: int) -> np.ndarray:
         start, stop = first // head_width * head_width, -(-last // head_width) * head_width
-        return order(tensor.read(start, stop))[first - start:last - start]
-    return dataclasses.replace(tensor, where=f"{tensor.where} (rows as in Meta's files)", read=read)
-
-
-def interleaved(tensor: Tensor, head_width: int) -> Tensor:
-    """Hugging Face keeps the halves of a head apart, Meta, GGUF and we keep the pairs that RoPE turns together:
-    row c E/2 + i of a head becomes row 2i + c, for c = 0, 1."""
-    return heads(tensor, head_width, lambda rows: rows.reshape(
-        -1, 2, head_width // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape))
+        rows = tensor.read(start, stop)
+        pairs = rows.reshape(-1, 2, head_width // 2, rows.shape[1]).swapaxes(1, 2)
+        return pairs.reshape(rows.shape)[first - start:last - start]
+    return dataclasses.replace(tensor, where=f"{tensor.where} (in Meta's order of rows)", read=read)
 
 
 def without_copies(tensor: Tensor, head_width: int, copies: int) -> Tensor:
@@ -296,36 +290,34 @@ def encode(tensor: Tensor, format: str, first: int, last: int) -> np.ndarray:
     scales = None
     if tensor.type in BLOCKS and is_lossless(tensor.type, format):
         scales, values = split_blocks(tensor.type, tensor.read(first, last))
-        refuse_block(tensor, first, (values == -128).reshape(*scales.shape, 32).any(2), "hold -128, which q8 does not have")
-        values = pad(values, 64)
+        refuse(tensor, first, values == -128, "is -128, which q8 does not have", "--type bf16")
     else:
-        values = pad(tensor.floats(first, last), FORMATS[format].unit_columns)
+        values = tensor.floats(first, last)
         if format == "bf16":
             values = to_bf16(values)
-            refuse_block(tensor, first, values & 0x7FFF == 0x7F80, "is too large for bf16")
+            refuse(tensor, first, values & 0x7FFF == 0x7F80, "is too large for bf16", "--type f32")
         elif format in ("q8", "q4"):
-            scales, values = (quantize_q8 if format == "q8" else quantize_q4)(values)
+            scales, values = (quantize_q8 if format == "q8" else quantize_q4)(pad(values, 1, 32))
     if scales is not None:
-        refuse_block(tensor, first, scales & 0x7C00 == 0x7C00, f"need a scale that is too large for {format}")
-        scales = pad(scales, 2)
+        refuse(tensor, first, np.repeat(scales & 0x7C00 == 0x7C00, 32, axis=1), "needs a scale beyond fp16", "--type bf16")
+        scales = pad(scales, 16, 2)
+    values = pad(values, 16, FORMATS[format].unit_columns)
     if format == "q4":    # of eight columns the first four in the low, the others in the high four bits
         bits = (values + np.int8(8)).view(np.uint8).reshape(len(values), -1, 2, 4)
         values = (bits[:, :, 0] | bits[:, :, 1] << 4).reshape(len(values), -1)
     return pack(format, values, scales)
 
 
-def pad(values: np.ndarray, columns: int) -> np.ndarray:
-    """Filled up with zeros to whole panels of 16 rows and to a multiple of `columns`."""
-    missing = [(0, -len(values) % 16), (0, -values.shape[1] % columns)]
+def pad(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Filled up with zeros to multiples of these."""
+    missing = [(0, -len(values) % rows), (0, -values.shape[1] % columns)]
     return np.pad(values, missing) if missing != [(0, 0), (0, 0)] else values
 
 
-def refuse_block(tensor: Tensor, first: int, bad: np.ndarray, what: str) -> None:
-    """`bad` marks the columns, or the blocks of 32 columns, that a format cannot hold."""
+def refuse(tensor: Tensor, first: int, bad: np.ndarray, what: str, instead: str) -> None:
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        columns = f"columns {32 * column} to {32 * column + 31}" if what[0] in "hn" else f"column {column}"
-        raise Fail(tensor.where, f"row {first + row}, {columns} {what}", "Use --type f32 (or bf16 if it is not bf16 already).")
+        raise Fail(tensor.where, f"the number in row {first + row}, column {column} {what}", f"Use {instead}.")
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
@@ -410,15 +402,17 @@ class Rope(NamedTuple):
 
     def with_factor(self, factor: float) -> Rope:
         """The same with another factor; borders that are not given are those of all releases."""
-        return Rope() if factor == 1 else self._replace(factor=factor) if self.factor != 1 else Rope(factor, 1, 4, 8192)
+        if factor == 1:
+            return Rope()
+        return Rope(factor, 1, 4, 8192) if self.factor == 1 else self._replace(factor=factor)
 
     def divisors(self, theta: float, head_width: int) -> np.ndarray:
-        """What the frequency of each pair is divided by, f32 at every step after the wavelength, as in published files."""
+        """What the frequency of each pair is divided by, f32 from the wavelength on, as in published files."""
         factor, low, high, one = map(np.float32, (self.factor, self.low, self.high, 1))
         if factor == 1:
             return np.ones(head_width // 2, np.float32)
         wavelength = 2 * math.pi * theta ** (np.arange(0, head_width, 2) / head_width)
-        smooth = ((self.original / wavelength).astype(np.float32) - low) / (high - low)
+        smooth = (np.float32(self.original) / wavelength.astype(np.float32) - low) / (high - low)
         blend = one / ((one - smooth) / factor + smooth)
         return np.where(wavelength < self.original / high, one, np.where(wavelength > self.original / low, factor, blend))
 
@@ -687,12 +681,12 @@ class Keys:
             value = float(value)
         if type(value) is not kind:
             raise Fail(self.where, f"{key} is missing" if value is None else
-                       f"{key} is {value!r}, expected {kind.__name__}", AGAIN)
+                       f"{key} is {repr(value)[:80]}, expected {kind.__name__}", AGAIN)
         return value
 
     def expect(self, key: str, *allowed: Any) -> None:
         if self.values.get(key) not in allowed:
-            raise Fail(self.where, f"{key} is {self.values.get(key)!r}, expected {allowed[0]!r}", ONLY)
+            raise Fail(self.where, f"{key} is {repr(self.values.get(key))[:80]}, expected {allowed[0]!r}", ONLY)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -731,9 +725,9 @@ class Source:
                ignored: str = "$^") -> None:
         """Puts the configuration together and picks the model's tensors out of the available ones. Every shape must be
         right; none may be missing, and none left over."""
-        for name, what in ((name, what) for name in available for pattern, what in FOREIGN.items()
-                           if re.search(pattern, name)):
-            raise Fail(available[name].where, f"this tensor belongs to {what}", FULL)
+        for name, (pattern, what) in itertools.product(available, FOREIGN.items()):
+            if re.search(pattern, name):
+                raise Fail(available[name].where, f"this tensor belongs to {what}", FULL)
         if numbers["layers"] > len(available):
             raise Fail(where, f"there are {numbers['layers']} layers, but only {len(available)} tensors", TOGETHER)
         tokens = self.tokenizer.ids
@@ -741,8 +735,8 @@ class Source:
             **numbers, chat=self.decide("chat format", "chat", *chat), tied=self.is_tied(available, tied),
             begin=tokens[BEGIN], ends=self.end_tokens(ends, numbers["vocabulary"])).check(where)
         if config.chat != "none" and not {START_HEADER, END_HEADER, EOT} <= tokens.keys():
-            raise Fail("--chat", f"{config.chat} needs the special tokens {START_HEADER}, {END_HEADER} and {EOT}, which this "
-                       "model does not have", "Use --chat none.")
+            raise Fail("--chat", f"{config.chat} needs the special tokens {START_HEADER}, {END_HEADER} and {EOT}, which are "
+                       "not in this model", "Use --chat none.")
         shapes = config.tensors()
         names = {self.place(name): name for name in shapes}
         missing = [name for name in names if name not in available]
@@ -751,8 +745,8 @@ class Source:
         left = [name for name in available if name not in names and not (config.tied and name == self.place("output"))]
         extra = [name for name in left if not re.search(ignored, name)]
         if extra:
-            raise Fail(available[extra[0]].where, f"this tensor is not one of a Llama 3 of {config.layers} layers{also(extra)}",
-                       ONLY)
+            raise Fail(available[extra[0]].where, f"this tensor is not one of a Llama 3 of {config.layers} layers"
+                       + also(extra), ONLY)
         if left:
             say(f"note: {left[0]} is left out{also(left)}; it follows from the configuration")
         self.tensors = {ours: available[theirs] for theirs, ours in names.items()}
@@ -781,7 +775,8 @@ class Source:
             items = [item for item in self.options.end_tokens.split(",") if item]
             unknown = [item for item in items if item not in ids and not item.isdecimal()]
             if unknown:
-                raise Fail("--end-tokens", f"{unknown[0]!r} is not a special token of this model", f"Give ids or names like {EOT}.")
+                raise Fail("--end-tokens", f"{unknown[0]!r} is not a special token of this model",
+                           f"Give ids, or names like {EOT}.")
             ends = {ids[item] if item in ids else int(item) for item in items}
         if len(ends) > 8 or any(not 0 <= number < vocabulary for number in ends):
             raise Fail(self.path, f"the end tokens are {sorted(ends)}, expected at most 8, all below {vocabulary}",
@@ -795,8 +790,9 @@ class Source:
         ranks = read_tiktoken(path)
         scheme = self.decide("special tokens", "token-names", "llama3.2" if is_scaled else "llama3",
                              f"names of {'3.2 and later' if is_scaled else 'Llama 3'}, by use_scaled_rope")
-        names = special_names(scheme, max(0, min(256, vocabulary - len(ranks))))
-        return Tokenizer(ranks, dict(enumerate(names, len(ranks))))
+        if vocabulary > len(ranks) + 256:
+            raise Fail(path, f"there are {len(ranks)} tokens and 256 special ones for a vocabulary of {vocabulary}", AGAIN)
+        return Tokenizer(ranks, dict(enumerate(special_names(scheme, max(0, vocabulary - len(ranks))), len(ranks))))
 
     def chat_by_template(self, template: str, ends: list) -> tuple:
         """The chat format, and why. The template itself is never run."""
@@ -827,9 +823,10 @@ class Storage(NamedTuple):
     count: int     # elements
 
 
-class PthReader(pickle.Unpickler):
+class PthReader(pickle._Unpickler):
     """Reads a torch.save archive, which is a zip of a pickle and raw storages, without torch and without running anything
-    that the pickle names: every global is one of the few stand-ins below, all others are refused."""
+    that the pickle names: every global is one of the few stand-ins below, all others are refused. The base is the
+    unpickler in Python: that in C lets three bytes of a damaged file take gigabytes for its table of seen objects."""
     GLOBALS = {
         "collections.OrderedDict": collections.OrderedDict,
         "torch._utils._rebuild_tensor_v2": lambda storage, offset, size, stride, *_: (storage, offset, size, stride),
@@ -868,7 +865,7 @@ class PthReader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self.GLOBALS:
-            raise Fail(self.file.path, f"the pickle names {module}.{name}, which no checkpoint needs (nothing of it was run)",
+            raise Fail(self.file.path, f"the pickle names {module}.{name}, which no checkpoint needs; nothing of it was run",
                        "Do not trust this file: take it from the release.")
         return self.GLOBALS[f"{module}.{name}"]
 
@@ -916,7 +913,8 @@ class MetaFolder(Source):
         if missing:
             raise Fail(path, f"{missing[0]} is missing (found {', '.join(sorted(found))})", "Download it as well.")
         self.files = [*(path / name for name in names), where, tokenizer]
-        available = self.merge([self.without_fp8(number, PthReader(path / name).tensors()) for number, name in enumerate(names)])
+        shards = [PthReader(path / name).tensors() for name in names]
+        available = self.merge([self.without_fp8(number, shard) for number, shard in enumerate(shards)])
         lost = [name for name in map(self.place, ("embedding", "layers.0.gate")) if name not in available]
         if lost:
             raise Fail(path, f"the tensor {lost[0]} is missing", ONLY)
@@ -933,14 +931,15 @@ class MetaFolder(Source):
         why = f"{width} wide, {layers} layers, {'scaled' if is_scaled else 'unscaled'} RoPE"
         factor = params("rope_scaling_factor", float, 32.0 if is_small else 8.0) if is_scaled else 1.0
         self.tokenizer = self.meta_tokenizer(tokenizer, is_scaled, vocabulary).check(tokenizer, vocabulary)
-        chat = "none" if EOT not in self.tokenizer.ids else "llama3" if not is_scaled else "llama3.2" if is_small else "llama3.1"
+        chat = "llama3" if not is_scaled else "llama3.2" if is_small else "llama3.1"
         self.finish(where, available, dict(
             layers=layers, width=width, heads=heads, kv_heads=kv_heads, head_width=head_width,
             ffn_width=available[self.place("layers.0.gate")].rows, vocabulary=vocabulary,
             context=self.decide("context", "context", 131072 if is_scaled else 8192, why),
             epsilon=params("norm_eps", float), theta=params("rope_theta", float),
             rope=Rope().with_factor(self.decide("RoPE factor", "rope-factor", factor, why))),
-            chat=(chat, f"{why}, taken for an instruct model"), ends=[], ignored=r"^rope\.freqs$")
+            chat=(chat, why) if EOT in self.tokenizer.ids else ("none", "no header tokens"), ends=[],
+            ignored=r"^rope\.freqs$")
 
     @staticmethod
     def refuse(params: Keys) -> None:
@@ -1115,7 +1114,8 @@ class HuggingFaceFolder(Source):
             self.files.append(self.path / name)
             for tensor, value in read_safetensors(self.path / name).items():
                 if index.get(tensor) != name:
-                    raise Fail(value.where, f"the shards do not fit together: the index has it in {index.get(tensor)}", TOGETHER)
+                    raise Fail(value.where, f"the shards do not fit together; the index has it in {index.get(tensor)}",
+                               TOGETHER)
                 tensors[tensor] = value
         missing = [name for name in index if name not in tensors]
         if missing:
@@ -1183,8 +1183,8 @@ class GgufReader:
         with mmap.mmap(self.file.handle.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
             version = self.number("I")
             if self.data[:4] != b"GGUF" or version not in (2, 3):
-                raise Fail(path, f"cannot be read as GGUF (found {self.data[:4]!r} version {version}, expected b'GGUF' version 2 "
-                           "or 3, little-endian)", "Make it again with a current llama.cpp.")
+                raise Fail(path, f"cannot be read as GGUF (found {self.data[:4]!r} version {version}, expected b'GGUF' "
+                           "version 2 or 3, little-endian)", "Make it again with a current llama.cpp.")
             count, keys = self.number("Q"), self.number("Q")
             self.keys = {self.text(): self.value(self.number("I")) for _ in range(keys)}
             entries = []
@@ -1197,7 +1197,7 @@ class GgufReader:
         self.tensors: dict = {}
         for offset, name, kind, shape in sorted(entries):
             if name in self.tensors or start + offset < end or len(shape) not in (1, 2) or min(shape) < 1:
-                raise self.damaged(f"the tensor {name} {list(shape)} at {offset} is there twice, overlaps or has a wrong shape")
+                raise self.damaged(f"the tensor {name} {list(shape)} at {offset} overlaps, is a second one or no matrix")
             tensor = self.tensors[name] = self.file.tensor(name, self.type(kind, name), shape, start + offset)
             end = start + offset + tensor.rows * tensor.row_bytes
             if end > self.file.size:
@@ -1236,7 +1236,7 @@ class GgufReader:
             return self.TYPES[number]
         constants = gguf_package().constants
         if number not in list(constants.GGMLQuantizationType):
-            raise Fail(f"{self.file.path}: tensor {name}", f"its number format {number} is unknown", "Update the package gguf.")
+            raise Fail(f"{self.file.path}: tensor {name}", f"its type {number} is unknown", "Update the package gguf.")
         return Type(constants.GGMLQuantizationType(number).name,
                     *constants.GGML_QUANT_SIZES[constants.GGMLQuantizationType(number)])
 
@@ -1256,8 +1256,8 @@ class GgufFile(Source):
         available = {name: tensor for reader in readers for name, tensor in reader.tensors.items()}
         parts, total = keys("split.count", int, 1), keys("split.tensors.count", int, len(available))
         if (max(parts, 1), total) != (len(files), sum(len(reader.tensors) for reader in readers)) or total != len(available):
-            raise Fail(path, f"the parts do not fit together (found {len(available)} tensors in {len(files)} parts, expected "
-                       f"{total} in {parts})", "Keep the names NAME-00001-of-0000N.gguf, and all parts in one folder.")
+            raise Fail(path, f"the parts do not fit together (found {len(available)} tensors in {len(files)} parts, "
+                       f"expected {total} in {parts})", "Keep the names NAME-00001-of-0000N.gguf, all in one folder.")
         self.refuse(keys)
         layers, width, heads = (keys(f"llama.{key}", int) for key in
                                 ("block_count", "embedding_length", "attention.head_count"))
@@ -1282,15 +1282,16 @@ class GgufFile(Source):
         keys.expect("general.architecture", "llama")
         keys.expect("tokenizer.ggml.model", "gpt2")
         keys.expect("tokenizer.ggml.pre", "llama-bpe", "llama3", "llama-v3")
-        for key, plain in (("llama.expert_count", 0), ("llama.attention.sliding_window", 0), ("llama.rope.scaling.type", "none")):
-            keys.expect(key, plain, None)
+        keys.expect("llama.expert_count", 0, None)
+        keys.expect("llama.attention.sliding_window", 0, None)
+        keys.expect("llama.rope.scaling.type", "none", None)
 
     def read_tokenizer(self, keys: Keys) -> Tokenizer:
         tokens, types = keys("tokenizer.ggml.tokens", list), keys("tokenizer.ggml.token_type", list)
         count = types.index(3) if 3 in types else len(types)
         if len(types) != len(tokens) or types[:count] != [1] * count or 1 in types[count:]:
-            raise Fail(self.path, f"{len(types)} token types for {len(tokens)} tokens are not ordinary ones (1), then special "
-                       "ones (3)", ONLY)
+            raise Fail(self.path, f"{len(types)} token types for {len(tokens)} tokens, expected ordinary ones (1), then "
+                       "special ones (3)", ONLY)
         ranks = [visible_to_bytes(token, self.path) for token in tokens[:count]]
         check_merges(keys("tokenizer.ggml.merges", list, []), ranks, self.path)
         # 3 control, 4 added by a user; those of type 5 only fill up the vocabulary
@@ -1299,15 +1300,18 @@ class GgufFile(Source):
     def read_rope(self, divisors: Tensor | None, theta: float, head_width: int, context: int) -> Rope:
         """GGUF has no factor, only the divisors that follow from it: finds the factor, and checks them all."""
         if divisors is None:
-            why = f"no rope_freqs.weight, for a context of {context}; files of Llama 3.1 and later made before August 2024 " \
-                "lack it" if context > 8192 else ""
+            why = "" if context <= 8192 else (f"no rope_freqs.weight, for a context of {context}; files of Llama 3.1 made "
+                                              "before August 2024 lack it")
             return Rope().with_factor(self.decide("RoPE factor", "rope-factor", 1.0, why))
         values = divisors.floats(0, 1)[0]
         rope = Rope().with_factor(float(values.max()))
         expected = rope.divisors(theta, head_width)
-        if values.shape != expected.shape or not np.allclose(values, expected, rtol=1e-4, atol=0):
-            raise Fail(divisors.where, f"the divisors are {values.tolist()}, expected {expected.tolist()}",
-                       "Only the RoPE scaling of Llama 3.1 can be converted.")
+        if values.shape != expected.shape:
+            raise Fail(divisors.where, f"there are {values.size} divisors, expected {expected.size}", AGAIN)
+        pair = int(np.argmax(np.abs(values / expected - 1)))
+        if abs(values[pair] / expected[pair] - 1) > 1e-4:
+            raise Fail(divisors.where, f"divisor {pair} is {values[pair]:.6g}, expected {expected[pair]:.6g} for the factor "
+                       f"{rope.factor:g}", "Only the RoPE scaling of Llama 3.1 and later can be converted.")
         return rope.with_factor(self.decide("RoPE factor", "rope-factor", rope.factor))
 
 
@@ -1331,8 +1335,8 @@ class L3File(Source):
         magic, version, _, size, *sections, digest = struct.unpack("<8s2IQ12QQ", head)
         if magic != MAGIC or version != 1:
             raise Fail(path, f"not an .l3 file of version 1 (found {magic!r} version {version})", "Use a newer convert.py.")
-        self.need(checksum(head[:120]) == digest and size == self.file.size, f"the header, or the size (found {self.file.size}, "
-                  f"expected {size})")
+        self.need(checksum(head[:120]) == digest, "the header")
+        self.need(size == self.file.size, f"the size (found {self.file.size} bytes, expected {size})")
         config, tokenizer, table, history = (self.section(*sections[i:i + 3]) for i in (0, 3, 6, 9))
         self.need(len(config) == 128 and len(table) >= 8, "the configuration")
         self.config = Config.unpack(config, path)
@@ -1435,10 +1439,12 @@ def provenance(source: Source, files: list, digests: list) -> bytes:
 def write(source: Source, kind: str, part: Path, options: argparse.Namespace) -> None:
     """The layout of the file follows from the configuration. So tensors are written as they are encoded, and what stands
     before them, checksums and hashes, is filled in at the end."""
-    files = [path for path in source.files if options.hash or path.suffix not in (".pth", ".pt", ".safetensors", ".gguf", ".l3")]
+    weights = () if options.hash else (".pth", ".pt", ".safetensors", ".gguf", ".l3")
+    files = [path for path in source.files if path.suffix not in weights]
     hashes = Hashes(files)
     config, tokenizer = source.config.pack(), source.tokenizer.pack()
-    sizes = [len(config), len(tokenizer), 8 + 96 * len(source.tensors), len(provenance(source, files, ["0" * 64] * len(files)))]
+    history = provenance(source, files, ["0" * 64] * len(files))    # as long as it will be
+    sizes = [len(config), len(tokenizer), 8 + 96 * len(source.tensors), len(history)]
     starts = list(itertools.accumulate(sizes, lambda start, size: (start + size + 7) // 8 * 8, initial=128))
     end = -(-starts.pop() // 4096) * 4096
     entries = []
@@ -1493,6 +1499,7 @@ def verify(source: Source, path: Path) -> None:
                 row, column = np.argwhere(wrong)[0] if wrong.any() else (0, 0)
                 raise Fail(path, f"tensor {name} is not that of the source near row {first + row}, column {column} (found "
                            f"{found[row, column]}, expected {wanted[row, column]})", "Convert the model again.")
+    written.file.handle.close()    # some systems do not rename a file that is open
 
 
 def tolerance(tensor: Tensor, format: str, back: Tensor, first: int, last: int, wanted: np.ndarray) -> np.ndarray:
@@ -1507,24 +1514,18 @@ def tolerance(tensor: Tensor, format: str, back: Tensor, first: int, last: int, 
     return np.repeat(scales * (1.001 * steps + most / 2048) + most / 2 ** 25, 32, axis=1)[:, :tensor.columns]
 
 
-class progress_bar:
-    """Calls to advance(bytes) move a bar on a terminal, and do nothing elsewhere."""
-
-    def __init__(self, total: int):
-        self.bar = None
-        if sys.stderr.isatty():
-            try:
-                import tqdm
-                self.bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, leave=False)
-            except ImportError:
-                pass
-
-    def __enter__(self) -> Callable[[int], Any]:
-        return self.bar.update if self.bar else lambda count: None
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.close()
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], Any]]:
+    """A function that moves a bar on a terminal by so many bytes; it does nothing elsewhere."""
+    try:
+        import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        yield lambda count: None
+    else:
+        with tqdm.tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
+            yield bar.update
 
 
 # ═══ 7  Command line ═════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1538,15 +1539,16 @@ def open_source(path: Path, options: argparse.Namespace) -> Source:
         if any(path.glob("consolidated.*.pth")):
             return MetaFolder(path, options)
         found = ", ".join(sorted(child.name for child in path.iterdir())[:5]) or "nothing"
-        raise Fail(path, f"neither a Meta nor a Hugging Face folder (found {found}, expected consolidated.00.pth or config.json)",
-                   "Give the folder that holds the weights, or the GGUF file itself.")
-    start = File(path).handle.read(8)
+        raise Fail(path, f"neither a Meta nor a Hugging Face folder (found {found}, expected consolidated.00.pth or "
+                   "config.json)", "Give the folder that holds the weights, or the GGUF file itself.")
+    with File(path).handle as file:
+        start = file.read(8)
     if start[:4] == b"GGUF":
         return GgufFile(path, options)
     if start == MAGIC:
         return L3File(path, options)
-    raise Fail(path, f"neither a GGUF nor an .l3 file (it starts with {start!r})", "For .pth and .safetensors files give the "
-               "folder that holds them.")
+    raise Fail(path, f"neither a GGUF nor an .l3 file (it starts with {start!r})",
+               "For .pth and .safetensors files give the folder that holds them.")
 
 
 def model_name(path: Path) -> str:
@@ -1594,8 +1596,8 @@ def convert(options: argparse.Namespace) -> None:
     kind = choose_type(source, options.type)
     out = Path(options.output or f"{model_name(source.path)}-{kind}.l3")
     part = out.with_name(out.name + ".part")
-    if out.is_dir() or not out.parent.is_dir():
-        raise Fail(out, "this is a folder" if out.is_dir() else "its folder does not exist", "Choose a file name with -o.")
+    if out.exists() and not out.is_file() or not out.parent.is_dir():
+        raise Fail(out, "this is not a file" if out.exists() else "its folder does not exist", "Choose a file name with -o.")
     for written, read in itertools.product((out, part), source.files):
         if written.exists() and os.path.samefile(read, written):
             raise Fail(written, "this file is the source, which would be overwritten", "Choose another name with -o.")
@@ -1607,10 +1609,12 @@ def convert(options: argparse.Namespace) -> None:
         size = part.stat().st_size
         os.replace(part, out)
     except OSError as error:
-        raise Fail(error.filename or part, f"cannot be written ({error.strerror})", "Free some space, or choose another place "
-                   "with -o." if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose another place with -o.") from None
+        todo = "Free some space, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
+        raise Fail(error.filename or part, f"cannot be written ({error.strerror})",
+                   f"{todo} another place with -o.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     say(f"wrote {out}: {size_text(size)} in {time.monotonic() - started:.0f} s")
 
 
@@ -1661,8 +1665,8 @@ def main(arguments: list) -> int:
         if options.debug:
             raise
         say(f"convert: {error}" if isinstance(error, Fail) else " ".join(
-            f"convert: {options.source}: it is damaged, or convert.py has a fault ({type(error).__name__}: {error}). Run again "
-            "with --debug and report what it shows.".split()))
+            f"convert: {options.source}: it is damaged, or convert.py has a fault ({type(error).__name__}: {error}). Run it "
+            "again with --debug and report what it shows.".split()))
         return 1
 
 

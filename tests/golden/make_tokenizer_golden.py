@@ -92,7 +92,7 @@ def unicode_tables(out):
 
 # ═══ The strings ═════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-# Text and, where LLAMA3_FACTS 6.6 prints them, its ids in the published vocabulary.
+# Text and, where they are published, its ids in the published vocabulary.
 TRAPS = [
     ("DON'T", "85741 17773"), ("'there", None), ("don\u2019t", "15357 1431"), ("'\u017f", None), ("it'\u017fx", None),
     ("1234567", "4513 10961 22"), (" 123", "220 4513"), ("\u00b2\u00b3\u00b9\u2153", None), ("a  1", "64 220 220 16"),

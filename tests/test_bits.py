@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""Builds tests/bits.cpp with several compilers and flags: every build must print the same hashes and the same drawn tokens.
+
+No third-party modules. A compiler that is not installed is named and left out; g++ must be there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+BUILDS = [  # the first is what the README tells users
+    ["g++", "-O2", "-fopenmp"],
+    ["g++", "-O3", "-march=native", "-pthread"],
+    ["clang++", "-O2", "-pthread"],
+    ["clang++", "-O3", "-march=native", "-ffp-contract=fast", "-pthread"],
+]
+
+
+class Bits(unittest.TestCase):
+    def test_compilers_and_flags_do_not_change_a_bit(self):
+        outputs = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for number, (compiler, *flags) in enumerate(BUILDS):
+                if not shutil.which(compiler):
+                    print(f"{compiler} is not installed: its builds did not run", file=sys.stderr)
+                    continue
+                program = os.path.join(folder, f"bits{number}")
+                subprocess.run([compiler, "-std=c++20", *flags, "-I", ROOT, os.path.join(ROOT, "tests/bits.cpp"),
+                                os.path.join(ROOT, "tests/implementation.cpp"), "-o", program], check=True)
+                for isa in ("", "baseline"):
+                    done = subprocess.run([program], capture_output=True, text=True, check=True, env={**os.environ, "LLAMA3_ISA": isa})
+                    outputs[" ".join([compiler, *flags, isa])] = done.stdout
+        expected = outputs["g++ -O2 -fopenmp "]
+        self.assertEqual(len(expected.splitlines()), 8)
+        self.assertEqual(len(set(expected.splitlines())), 8, "formats must not agree with each other")
+        for build, found in outputs.items():
+            self.assertEqual(found, expected, build)
+
+
+if __name__ == "__main__":
+    unittest.main()
