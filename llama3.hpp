@@ -6,16 +6,18 @@
 //
 // A whole program:
 //
-//     #define LLAMA3_IMPLEMENTATION          // in exactly one source file; elsewhere only the #include
+//     #define LLAMA3_IMPLEMENTATION  // in exactly one source file; elsewhere only the #include
 //     #include "llama3.hpp"
+//
 //     #include <iostream>
 //
-//     int main(int argc, char** argv) {
+//     int main(int argc, char** argv) try {
 //         llama3::Chat chat(llama3::Model::load(argc > 1 ? argv[1] : "examples/demo/demo.l3"));
-//         chat.say("Tell me a story.", [](std::string_view text) {
-//             std::cout << text << std::flush;
-//             return true;  // false ends the answer
-//         });
+//         chat.say("Tell me a story.", [](std::string_view text) { return bool(std::cout << text << std::flush); });
+//         std::cout << '\n';
+//     } catch (const std::exception& error) {
+//         std::cerr << error.what() << '\n';
+//         return 1;
 //     }
 //
 // Build it with: g++ -std=c++20 -O2 -fopenmp program.cpp          No -m flag is needed, and none changes a result.
@@ -134,12 +136,15 @@ public:
 
     struct Impl;
     explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+    Tokenizer(const Tokenizer&) = default;  // a move is a copy: none is ever empty
+    Tokenizer& operator=(const Tokenizer&) = default;
 
 private:
     std::shared_ptr<const Impl> impl_;
 };
 
-// Turns a stream of tokens into text that is always whole UTF-8 characters. Special tokens give no text. One thread at a time.
+// Turns a stream of tokens into text that is always whole UTF-8 characters. Special tokens give no text, but end a character that is
+// cut before them. One thread at a time.
 class TextStream {
 public:
     explicit TextStream(Tokenizer tokenizer) : tokenizer_(std::move(tokenizer)) {}
@@ -194,6 +199,8 @@ public:
 
     struct Impl;
     explicit Model(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+    Model(const Model&) = default;  // a move is a copy: none is ever empty
+    Model& operator=(const Model&) = default;
     const Impl& impl() const { return *impl_; }
 
 private:
@@ -221,11 +228,13 @@ public:
     Session(Session&&) noexcept;
     Session& operator=(Session&&) noexcept;
 
-    // Runs the tokens after those already there and returns the logits [V] that follow the last one, valid until the next call.
+    // Runs the tokens after those already there and returns the logits [V] that follow the last one, valid until the next call. No
+    // tokens: the logits that are there, or an error. A call that throws leaves the session as it was, its logits included.
     std::span<const float> feed(std::span<const int> tokens);
     // The same, with the logits of every token: each(index of the token in `tokens`, logits [V]).
     void feed(std::span<const int> tokens, const std::function<void(int, std::span<const float>)>& each);
-    // One token for each of several sessions of one model, device and thread count, in one pass; then read each one's logits().
+    // One token for each of several sessions with one model and the same options (the context may differ), in one pass; then read
+    // each one's logits(). A cancel() that waits in one of them stops the call before it begins.
     static void feed_together(std::span<Session* const> sessions, std::span<const int> tokens);
 
     std::span<const float> logits() const;    // of the last token fed, [V]; empty before the first
@@ -283,16 +292,18 @@ struct GenerateOptions {
     int max_tokens = -1;       // -1: until the context is full
     bool ignore_end = false;   // go on after end tokens
 };
-// Feeds the prompt, then draws tokens until one of Finish. The callback sees each token before it is fed, the end token too (its text
-// is empty). Every token that was drawn is fed, so the session continues where the text ends; only the last one of a full context is not.
+// Feeds the prompt (none: goes on from the session's logits), then draws tokens until one of Finish. The callback sees each token
+// before it is fed, the end token too, which has no text. Every token that was drawn is fed, so the session continues where the text
+// ends; except the last one of a full context, and one that is on its way when the session is cancelled.
 Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler, const GenerateOptions& options,
                 const std::function<bool(const Generated&)>& on_token);
 
 enum class ChatFormat : std::uint32_t { none = 0, llama3 = 1, llama3_1 = 2, llama3_2 = 3 };
 
 struct Message {
-    std::string role;             // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython)
-    std::string content;
+    std::string role;             // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython); letters, digits, _ - .
+    std::string content;          // white space at its ends is dropped in hf style and in the llama3 format, as in their originals;
+                                  // in hf style a tool's result becomes a JSON string
     bool python_tag = false;      // assistant: starts with <|python_tag|>, a call of a built-in tool or of the interpreter
     bool end_of_message = false;  // ends with <|eom_id|>: waits for a tool's result; else <|eot_id|>
 };
@@ -313,7 +324,7 @@ struct ChatOptions {
     enum class Overflow { error, restart } overflow = Overflow::restart;  // restart: keep the system message and the latest turns that fit
 };
 
-// A conversation. The cache is kept between turns: only what is new is computed.
+// A conversation. What is fed is always render_chat() of its messages; the cache is kept between turns, only what is new is computed.
 class Chat {
 public:
     explicit Chat(Model model, const ChatOptions& chat = {}, const Sampling& sampling = {}, const Options& options = {});
@@ -716,7 +727,8 @@ public:
     AlignedBuffer() = default;
     explicit AlignedBuffer(std::size_t bytes, bool dense = false);  // throws Error(memory)
     ~AlignedBuffer();
-    AlignedBuffer(AlignedBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+    AlignedBuffer(AlignedBuffer&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
     AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
         std::swap(data_, other.data_), std::swap(size_, other.size_);
         return *this;
@@ -821,6 +833,7 @@ float round_to_bf16(float x);
 float quantise_group(const float* x, std::int8_t* bytes);                // 32 activations -> bytes and their scale
 int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes, float& w_scale);  // q8, q4: one exact product of 32
 void round_trip_channels(Format format, float* to, const float* from, int n);  // what a cache gives back of up to 32 channels
+void check_ranks(const Config& config, int ranks, int available);              // §13
 
 // out = x / sqrt(mean(x²) + ε) ⊙ weight                  [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
 void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
@@ -845,7 +858,7 @@ std::vector<float> rope_frequencies(const Config& config) {
             if (wavelength > context / low) frequency = frequency / config.rope_factor;
             else if (wavelength >= context / high) {
                 const float keep = (context / wavelength - low) / (high - low);
-                frequency = (1 - keep) * frequency / config.rope_factor + keep * frequency;
+                frequency = fma(keep, frequency, (1 - keep) * frequency / config.rope_factor);
             }
         }
         frequencies[i] = frequency;
@@ -866,8 +879,8 @@ void rope_turns(float* turns, const std::vector<float>& frequencies, int positio
 void rope(float* x, const float* turns, int head_dim) {
     for (int i = 0; i < head_dim; i += 2) {
         const float a = x[i], b = x[i + 1], cosine = turns[i], sine = turns[i + 1];
-        x[i] = a * cosine - b * sine;
-        x[i + 1] = a * sine + b * cosine;
+        x[i] = fma(a, cosine, -(b * sine));  // not a * cosine - b * sine: GCC's vectoriser fuses that, contraction off or not
+        x[i + 1] = fma(a, sine, b * cosine);
     }
 }
 
@@ -1078,7 +1091,10 @@ private:
 
 class ReferenceDevice final : public Device {
 public:
-    std::unique_ptr<Backend> open(const Model& model, const Options& options) override { return std::make_unique<ReferenceBackend>(model, options); }
+    std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+        check_ranks(model.config(), options.ranks, 1);
+        return std::make_unique<ReferenceBackend>(model, options);
+    }
     std::uint64_t cache_bytes(const Config& c, const Options& options) const override {
         return 8ull * static_cast<std::uint64_t>(c.n_layers) * static_cast<std::uint64_t>(options.context) * static_cast<std::uint64_t>(c.n_kv_heads * c.head_dim);
     }
@@ -1157,15 +1173,11 @@ std::size_t append_repaired(std::string& out, std::string_view text) {
 
 bool is_utf8(std::string_view text) {
     for (std::size_t i = 0; i < text.size();) {
-        std::uint64_t eight = 0;
-        if (i + 8 <= text.size()) std::memcpy(&eight, text.data() + i, 8);
-        if (i + 8 <= text.size() && (eight & 0x8080808080808080u) == 0) {
-            i += 8;
-        } else {
-            const Character c = read_character(text.substr(i));
-            if (!c.valid) return false;
-            i += c.length;
-        }
+        while (i < text.size() && static_cast<unsigned char>(text[i]) < 0x80) ++i;  // most text, most of the time
+        if (i == text.size()) break;
+        const Character c = read_character(text.substr(i));
+        if (!c.valid) return false;
+        i += c.length;
     }
     return true;
 }
@@ -1182,25 +1194,15 @@ bool is_utf8(std::string_view text) {
 //     \s+(?!\S)                          6  whitespace, all but the last of its run unless the text ends with it
 //     \s+                                7  what remains: one whitespace character
 
-constexpr std::array<CharClass, 128> ascii_classes = [] {
-    std::array<CharClass, 128> classes{};
-    for (unsigned c = 0; c < 128; ++c) {
-        const bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
-        const bool space = c == ' ' || (c >= '\t' && c <= '\r');
-        classes[c] = letter                   ? CharClass::letter
-                     : c >= '0' && c <= '9'   ? CharClass::number
-                     : space                  ? CharClass::space
-                                              : CharClass::other;
-    }
-    return classes;
-}();
-
 // Class and length of the character at i, in valid UTF-8.
 inline CharClass class_at(std::string_view text, std::size_t i, std::size_t& length) {
     length = 1;
     if (i >= text.size()) return CharClass::none;
     const auto first = static_cast<unsigned char>(text[i]);
-    if (first < 0x80) return ascii_classes[first];
+    if ((first | 0x20u) - 'a' < 26u) return CharClass::letter;
+    if (first - unsigned{'0'} < 10u) return CharClass::number;
+    if (first == ' ' || first - unsigned{'\t'} < 5u) return CharClass::space;
+    if (first < 0x80) return CharClass::other;
     const Character c = read_character(text.substr(i));
     length = c.length;
     return unicode_class(c.code);
@@ -1544,7 +1546,7 @@ std::string TextStream::finish() {
 // ═══ §7  Sampling, chat and generation ═════════════════════════════════════════════════════════════════════════════════════════
 //
 // A Session turns ids into logits, a Sampler logits into an id, generate() does both in turn, and a Chat wraps messages in the
-// special tokens that a model was trained with. A seed gives the same text everywhere: the generator and the arithmetic are ours.
+// special tokens that a model was trained with. A seed gives the same text everywhere: generator and arithmetic are our own.
 // A new chat format goes into detail::render_chat; a new filter of the sampler between the others in Sampler::sample.
 
 namespace llama3 {
@@ -1632,9 +1634,10 @@ void check_tokens(const Session::Impl& session, std::span<const int> tokens, con
          "Call it again to go on");
 }
 
-// Cannot fail, so that a session changes as a whole or not at all.
+// Cannot fail, so that a session changes as a whole or not at all. `tokens` may be part of session.tokens, which stays put.
 void commit(Session::Impl& session, std::span<const int> tokens, std::span<const float> logits) {
-    session.tokens.insert(session.tokens.end(), tokens.begin(), tokens.end());
+    session.tokens.resize(session.tokens.size() + tokens.size());
+    std::copy(tokens.begin(), tokens.end(), session.tokens.end() - static_cast<std::ptrdiff_t>(tokens.size()));
     std::copy(logits.begin(), logits.end(), session.logits.begin());
     session.has_logits = true;
 }
@@ -1650,10 +1653,11 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
     if (session.cancel) fail_cancelled(session, where);
 
     const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
-    int chunk = std::max<int>(1, std::min<int>(session.options.chunk, session.backend->max_rows()));
-    if (each) chunk = std::max<int>(1, std::min<int>(chunk, (1 << 24) / session.model.config().vocab_size));  // 64 MB of logits
+    int chunk = std::min<int>(count, std::min<int>(session.options.chunk, session.backend->max_rows()));
+    if (each) chunk = std::min<int>(chunk, (1 << 24) / session.model.config().vocab_size);  // 64 MB of logits
+    chunk = std::max<int>(chunk, 1);
     std::vector<Row> rows;
-    rows.reserve(static_cast<std::size_t>(std::min<int>(chunk, count)));
+    rows.reserve(static_cast<std::size_t>(chunk));
     for (int first = 0; first < count; first += chunk) {
         rows.clear();
         for (int i = first; i < count && i < first + chunk; ++i)
@@ -1955,8 +1959,8 @@ std::string json_string(std::string_view text) {
     return json + "\"";
 }
 
-// Special tokens come from here alone: every text is encoded as text. The hf styles render one string, in which the blank line
-// after a header can merge with a content that starts with a line end; Meta's code encodes the two apart.
+// Special tokens come from here alone: every text is encoded as text. Meta's code encodes the blank line after a header apart
+// from the content, Hugging Face's templates as one string with it; that is the same, since these strip the content.
 std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std::span<const Message> messages,
                              const ChatStyle& style, bool answer) {
     const char* where = "render_chat";
@@ -1987,13 +1991,9 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
     };
     const auto message = [&](const std::string& role, const std::string& content, bool python_tag, const char* end) {
         header(role);
-        if (hf && !python_tag) {
-            text("\n\n" + content);
-        } else {
-            text("\n\n");
-            if (python_tag) special("<|python_tag|>");
-            text(content);
-        }
+        text("\n\n");
+        if (python_tag) special("<|python_tag|>");
+        text(content);
         special(end);
     };
 
@@ -2312,8 +2312,8 @@ float quantise_group(const float* x, std::int8_t* bytes) {
     const float inverse = magnitude > 7.9e-31f ? 127 / magnitude : 0.0f;
     constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
     for (int i = 0; i < block_columns; ++i) {
-        const float scaled = finite ? x[i] * inverse : 0.0f;
-        bytes[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(scaled + round) - std::bit_cast<std::int32_t>(round));
+        const float rounded = fma(finite ? x[i] : 0.0f, inverse, round);
+        bytes[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(rounded) - std::bit_cast<std::int32_t>(round));
     }
     return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }
@@ -2442,7 +2442,7 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 
 // Any processor: SSE2, or what the compiler makes of vectors of 4.
 #define LLAMA3_KERNELS baseline
-#include __FILE__
+#include "llama3.hpp"
 #undef LLAMA3_KERNELS
 
 #if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))  // mingw's GCC misaligns wide spills
@@ -2452,7 +2452,7 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c")
 #define LLAMA3_KERNELS avx2
 #define LLAMA3_WIDTH 8
-#include __FILE__
+#include "llama3.hpp"
 #undef LLAMA3_KERNELS
 #undef LLAMA3_WIDTH
 LLAMA3_TARGET_END
@@ -2462,7 +2462,7 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 #define LLAMA3_KERNELS avx_vnni
 #define LLAMA3_WIDTH 8
 #define LLAMA3_VNNI 1
-#include __FILE__
+#include "llama3.hpp"
 #undef LLAMA3_KERNELS
 #undef LLAMA3_WIDTH
 #undef LLAMA3_VNNI
@@ -2473,7 +2473,7 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #define LLAMA3_KERNELS avx512
 #define LLAMA3_WIDTH 16
 #define LLAMA3_VNNI 1
-#include __FILE__
+#include "llama3.hpp"
 #undef LLAMA3_KERNELS
 LLAMA3_TARGET_END
 
@@ -2481,7 +2481,7 @@ LLAMA3_TARGET_END
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LLAMA3_KERNELS avx512_bf16
 #define LLAMA3_BF16 1
-#include __FILE__
+#include "llama3.hpp"
 #undef LLAMA3_KERNELS
 #undef LLAMA3_WIDTH
 #undef LLAMA3_VNNI
@@ -2729,8 +2729,8 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
     I sums = splat_int(0);
     LLAMA3_UNROLL
     for (int i = 0; i < n; ++i) {
-        const F scaled = finite ? load(x + i * lanes) * splat(inverse) : splat(0);
-        const I rounded = sub_int(as_int(scaled + round), as_int(round));
+        const F value = finite ? load(x + i * lanes) : splat(0);
+        const I rounded = sub_int(as_int(fma(value, splat(inverse), round)), as_int(round));
         store_bytes(bytes + i * lanes, rounded);
         sums = add_int(sums, rounded);
     }
@@ -3571,6 +3571,7 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
 class CpuDevice final : public Device {
 public:
     std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+        check_ranks(model.config(), options.ranks, 1);
         return std::make_unique<CpuBackend>(model, with_threads(options));
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
@@ -3621,8 +3622,8 @@ void check_ranks(const Config& config, int ranks, int available) {
 // ═══ §14  Model files ══════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
 // The reader and a writer of convert/FORMAT.md. Nothing in a file is believed: every number is compared with what it must be or
-// bounded by the file's size before it is used, and a loaded model is exactly what §2 says. A new field or tensor starts in FORMAT.md
-// and ends in integer_fields, real_fields or required_tensors below, which reader and writer share.
+// bounded by the file's size before it is used, and a loaded model is exactly what §2 says. A new field or tensor starts in
+// FORMAT.md and ends in integer_fields, real_fields or required_tensors below, which reader and writer share.
 
 namespace llama3 {
 
@@ -3638,15 +3639,17 @@ struct Model::Impl {
     struct Section {
         std::uint64_t offset = 0, bytes = 0, checksum = 0;
     };
-    std::array<Section, 4> sections;    // of the header, in its order
+    std::array<Section, 4> sections;  // of the header, in its order
 };
 
 namespace detail {
 
-static_assert(std::endian::native == std::endian::little, "llama3.hpp reads its little-endian files in place: it has no support for big-endian machines.");
+static_assert(std::endian::native == std::endian::little, "llama3.hpp reads its files in place, and they are little-endian.");
+
+using Bytes = std::span<const std::byte>;
 
 // BLAKE2b (Aumasson et al., 2013; RFC 7693) with a digest of 8 bytes and no key, as a little-endian number.
-std::uint64_t blake2b(std::span<const std::byte> data) {
+std::uint64_t blake2b(Bytes data) {
     static constexpr std::uint64_t iv[8] = {0x6a09e667f3bcc908, 0xbb67ae8584caa73b, 0x3c6ef372fe94f82b, 0xa54ff53a5f1d36f1,
                                             0x510e527fade682d1, 0x9b05688c2b3e6c1f, 0x1f83d9abfb41bd6b, 0x5be0cd19137e2179};
     static constexpr std::uint8_t sigma[10][16] = {
@@ -3667,7 +3670,7 @@ std::uint64_t blake2b(std::span<const std::byte> data) {
         std::copy(iv, iv + 8, v + 8);
         v[12] ^= done;
         if (done == data.size()) v[14] = ~v[14];  // the last block
-        LLAMA3_UNROLL  // the indices become constants
+        LLAMA3_UNROLL
         for (int round = 0; round < 12; ++round) {
             const std::uint8_t* s = sigma[round % 10];
             const auto mix = [&](int a, int b, int c, int d, int i) {
@@ -3693,6 +3696,7 @@ enum { config_section, tokenizer_section, table_section, provenance_section };
 
 constexpr const char* convert_again = "Convert the model again with convert/convert.py";
 constexpr const char* copy_again = "Copy or download the file again";
+constexpr const char* choose_another = "Choose another value";
 
 // The numbers of the configuration: offset in the section, and the range that the rest of the code is made for.
 constexpr struct {
@@ -3701,18 +3705,18 @@ constexpr struct {
     std::size_t offset;
     int low, high;
 } integer_fields[] = {
-    {"number of layers", &Config::n_layers, 0, 1, 1024},
-    {"model width", &Config::dim, 4, 1, 1 << 17},
-    {"number of query heads", &Config::n_heads, 8, 1, 1024},
-    {"number of key/value heads", &Config::n_kv_heads, 12, 1, 1024},
-    {"head width", &Config::head_dim, 16, 2, 1024},
-    {"feed-forward width", &Config::ffn_dim, 20, 1, 1 << 20},
-    {"vocabulary", &Config::vocab_size, 24, 256, 1 << 24},
-    {"context length", &Config::context_length, 28, 1, 1 << 20},
-    {"original context of the RoPE scaling", &Config::rope_original_context, 52, 0, 1 << 20},
-    {"number of segments of attention_out", &Config::attention_out_segments, 64, 1, max_segments},
-    {"number of segments of down", &Config::down_segments, 68, 1, max_segments},
-    {"begin-of-text token", &Config::begin_token, 72, 0, (1 << 24) - 1},
+    {"the number of layers", &Config::n_layers, 0, 1, 1024},
+    {"the model width", &Config::dim, 4, 1, 1 << 17},
+    {"the number of query heads", &Config::n_heads, 8, 1, 1024},
+    {"the number of key/value heads", &Config::n_kv_heads, 12, 1, 1024},
+    {"the head width", &Config::head_dim, 16, 2, 1024},
+    {"the feed-forward width", &Config::ffn_dim, 20, 1, 1 << 20},
+    {"the vocabulary", &Config::vocab_size, 24, 256, 1 << 24},
+    {"the context length", &Config::context_length, 28, 1, 1 << 20},
+    {"the original context of the RoPE scaling", &Config::rope_original_context, 52, 0, 1 << 20},
+    {"the number of segments of attention_out", &Config::attention_out_segments, 64, 1, max_segments},
+    {"the number of segments of down", &Config::down_segments, 68, 1, max_segments},
+    {"the begin-of-text token", &Config::begin_token, 72, 0, (1 << 24) - 1},
 };
 constexpr struct {
     const char* name;
@@ -3720,11 +3724,11 @@ constexpr struct {
     std::size_t offset;
     float low, high;
 } real_fields[] = {
-    {"epsilon of RMSNorm", &Config::norm_eps, 32, 1e-30f, 1.0f},
-    {"RoPE theta", &Config::rope_theta, 36, 1.0f, 1e30f},
-    {"RoPE scaling factor", &Config::rope_factor, 40, 1.0f, 1e6f},
-    {"low frequency factor", &Config::rope_low_freq_factor, 44, 1e-6f, 1e6f},
-    {"high frequency factor", &Config::rope_high_freq_factor, 48, 1e-6f, 1e6f},
+    {"the epsilon of RMSNorm", &Config::norm_eps, 32, 1e-30f, 1.0f},
+    {"the RoPE theta", &Config::rope_theta, 36, 1.0f, 1e30f},
+    {"the RoPE scaling factor", &Config::rope_factor, 40, 1.0f, 1e6f},
+    {"the low frequency factor", &Config::rope_low_freq_factor, 44, 1e-6f, 1e6f},
+    {"the high frequency factor", &Config::rope_high_freq_factor, 48, 1e-6f, 1e6f},
 };
 constexpr std::size_t chat_format_offset = 56, tied_offset = 60, end_count_offset = 76, end_tokens_offset = 80;
 constexpr std::size_t max_end_tokens = 8;
@@ -3745,52 +3749,74 @@ std::string to_text(const Parts&... parts) {
     return text;
 }
 
-template <class Found, class Expected>
-[[noreturn]] void fail_found(const std::string& where, const std::string& what, const Found& found, const Expected& expected,
-                             const char* to_do = convert_again, Code code = Code::format) {
-    fail(code, where, to_text(what, " (found ", found, ", expected ", expected, ")"), to_do);
-}
+// Compares what a file (or a caller) gives with what it must be.
+struct Check {
+    std::string where;
+    const char* to_do = convert_again;
+    Code code = Code::format;
+
+    template <class Found, class Expected>
+    [[noreturn]] void bad(const std::string& what, const Found& found, const Expected& expected) const {
+        fail(code, where, to_text(what, " (found ", found, ", expected ", expected, ")"), to_do);
+    }
+    template <class T>
+    void equal(const std::string& what, const char* problem, T found, T expected) const {
+        if (found != expected) bad(to_text(what, " ", problem), found, expected);
+    }
+    template <class T>
+    void range(const std::string& what, T value, T low, T high) const {
+        if (!(value >= low && value <= high)) bad(what + " is out of range", value, to_text(low, " to ", high));  // NaN is
+    }
+    void zero(const std::string& what, Bytes bytes) const {
+        for (const std::byte b : bytes)
+            if (b != std::byte{0}) bad(what + " should hold nothing", std::to_integer<int>(b), "zeros");
+    }
+    void sum(const std::string& what, Bytes bytes, std::uint64_t stated) const {
+        const std::uint64_t computed = blake2b(bytes);
+        char found[20], expected[20];
+        std::snprintf(found, sizeof found, "%016llx", static_cast<unsigned long long>(computed));
+        std::snprintf(expected, sizeof expected, "%016llx", static_cast<unsigned long long>(stated));
+        if (computed != stated)
+            Check{where, copy_again, Code::checksum}.bad(what + " has changed since it was written", found, expected);
+    }
+    [[noreturn]] void truncated(const std::string& part, std::size_t size, std::uint64_t expected) const {
+        Check{where, copy_again}.bad("the file is cut short: it ends in its " + part, to_text(size, " bytes"),
+                                     to_text("at least ", expected));
+    }
+};
 
 // The largest power of two up to 8 that cuts `columns` into multiples of 64 and, with `heads` > 0, into whole heads.
-int choose_segments(int columns, int heads) {
+int choose_segments(std::int64_t columns, int heads) {
     int segments = max_segments;
     while (segments > 1 && (columns % (64 * segments) != 0 || heads % segments != 0)) segments /= 2;
     return segments;
 }
+int out_segments(const Config& c) { return choose_segments(std::int64_t{c.n_heads} * c.head_dim, c.n_heads); }
+int down_segments(const Config& c) { return choose_segments(c.ffn_dim, 0); }
 
 // Every rule for the fields, of each alone and between them.
-void check_config(const std::string& where, const Config& c, const char* to_do = convert_again, Code code = Code::format) {
-    const auto bad = [&](const std::string& what, const auto& found, const auto& expected) { fail_found(where, what, found, expected, to_do, code); };
-    for (const auto& field : integer_fields)
-        if (const int value = c.*field.member; value < field.low || value > field.high)
-            bad(to_text("the ", field.name, " is out of range"), value, to_text(field.low, " to ", field.high));
-    for (const auto& field : real_fields)
-        if (const float value = c.*field.member; !(value >= field.low && value <= field.high))  // NaN is neither
-            bad(to_text("the ", field.name, " is out of range"), value, to_text(field.low, " to ", field.high));
-    if (c.n_heads % c.n_kv_heads != 0) bad("the query heads cannot share the key/value heads evenly", c.n_kv_heads, to_text("a divisor of ", c.n_heads));
-    if (c.head_dim % 2 != 0) bad("the head width is odd", c.head_dim, "an even number");
+void check_config(const Check& check, const Config& c) {
+    for (const auto& f : integer_fields) check.range(f.name, c.*f.member, f.low, f.high);
+    for (const auto& f : real_fields) check.range(f.name, c.*f.member, f.low, f.high);
+    check.range("the chat format", static_cast<int>(c.chat_format), 0, 3);
+    if (c.n_heads % c.n_kv_heads != 0)
+        check.bad("the key/value heads cannot be shared evenly", c.n_kv_heads, to_text("a divisor of ", c.n_heads));
+    if (c.head_dim % 2 != 0) check.bad("the head width is odd", c.head_dim, "an even number");
 
-    const bool scaled = c.rope_factor != 1;
     const float low = c.rope_low_freq_factor, high = c.rope_high_freq_factor;
-    if (!scaled && (low != 1 || high != 1 || c.rope_original_context != 0))
-        bad("the RoPE scaling is off (factor 1) but has parameters", to_text(low, ", ", high, ", ", c.rope_original_context), "1, 1, 0");
-    if (scaled && !(low < high)) bad("the high frequency factor is too low", high, to_text("more than ", low));
-    if (scaled && c.rope_original_context == 0) bad("the original context of the RoPE scaling is missing", 0, "1 or more");
+    const int context = c.rope_original_context;
+    if (c.rope_factor == 1 && (low != 1 || high != 1 || context != 0))
+        check.bad("the RoPE scaling is off (factor 1) but has parameters", to_text(low, ", ", high, ", ", context), "1, 1, 0");
+    if (c.rope_factor != 1 && (low >= high || context == 0))
+        check.bad("the parameters of the RoPE scaling make no sense", to_text(low, ", ", high, ", ", context),
+                  "low < high, and a context");
 
-    const auto chat_format = static_cast<std::uint32_t>(c.chat_format);
-    if (chat_format > 3) bad("the chat format is unknown", chat_format, "0 to 3");
-    const int out_segments = choose_segments(c.n_heads * c.head_dim, c.n_heads), down_segments = choose_segments(c.ffn_dim, 0);
-    if (c.attention_out_segments != out_segments) bad("the number of segments of attention_out is wrong", c.attention_out_segments, out_segments);
-    if (c.down_segments != down_segments) bad("the number of segments of down is wrong", c.down_segments, down_segments);
-
-    const int last = c.vocab_size - 1;
-    if (c.begin_token > last) bad("the begin-of-text token is out of range", c.begin_token, to_text(0, " to ", last));
-    if (c.end_tokens.size() > max_end_tokens) bad("there are too many end tokens", c.end_tokens.size(), to_text("at most ", max_end_tokens));
+    check.equal("attention_out", "has a wrong number of segments", c.attention_out_segments, out_segments(c));
+    check.equal("down", "has a wrong number of segments", c.down_segments, down_segments(c));
+    check.range("the begin-of-text token", c.begin_token, 0, c.vocab_size - 1);
+    check.range<std::size_t>("the number of end tokens", c.end_tokens.size(), 0, max_end_tokens);
     int least = 0;
-    for (const int token : c.end_tokens) {
-        if (token < least || token > last) bad("an end token is out of range or order", token, to_text(least, " to ", last));
-        least = token + 1;
-    }
+    for (const int token : c.end_tokens) check.range("an end token", token, least, c.vocab_size - 1), least = token + 1;
 }
 
 // The tensors of a model, in the order of the file; format, place and checksum are left open.
@@ -3820,180 +3846,166 @@ std::vector<TensorInfo> required_tensors(const Config& c) {
 
 // Neither can overflow: rows and columns are at most 2^24 and 2^20.
 std::uint64_t panel_bytes(const TensorInfo& t) {
-    return static_cast<std::uint64_t>(round_up(t.columns, unit_columns(t.format)) / unit_columns(t.format)) * unit_bytes(t.format);
+    const std::int64_t per_unit = unit_columns(t.format);
+    return static_cast<std::uint64_t>(round_up(t.columns, per_unit) / per_unit) * unit_bytes(t.format);
 }
 std::uint64_t tensor_bytes(const TensorInfo& t) {
     if (t.dimensions == 1) return 4 * static_cast<std::uint64_t>(t.columns);
     return static_cast<std::uint64_t>(round_up(t.rows, panel_rows) / panel_rows) * panel_bytes(t);
 }
-constexpr std::uint64_t align(std::uint64_t offset, std::uint64_t multiple) { return (offset + multiple - 1) / multiple * multiple; }
+std::uint64_t align(std::uint64_t n, std::uint64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // ── Reading ──
 
-using Bytes = std::span<const std::byte>;
 using Section = Model::Impl::Section;
 
 // The bytes that a section covers, once read_header has checked that they are there.
-Bytes section_of(Bytes image, const Section& s) { return image.subspan(static_cast<std::size_t>(s.offset), static_cast<std::size_t>(s.bytes)); }
-
-void check_zero(const std::string& where, const std::string& what, Bytes bytes) {
-    const auto other = std::find_if(bytes.begin(), bytes.end(), [](std::byte b) { return b != std::byte{0}; });
-    if (other != bytes.end()) fail_found(where, what + " should hold nothing", std::to_integer<int>(*other), "zeros");
-}
-
-void check_sum(const std::string& where, const std::string& what, Bytes bytes, std::uint64_t stated) {
-    const std::uint64_t sum = blake2b(bytes);
-    char found[20], expected[20];
-    std::snprintf(found, sizeof found, "%016llx", static_cast<unsigned long long>(sum));
-    std::snprintf(expected, sizeof expected, "%016llx", static_cast<unsigned long long>(stated));
-    if (sum != stated) fail_found(where, what + " has changed since it was written", found, expected, copy_again, Code::checksum);
-}
-
-template <class Expected>
-[[noreturn]] void fail_truncated(const std::string& where, const std::string& part, std::size_t bytes, const Expected& expected) {
-    fail_found(where, "the file is cut short: it ends in its " + part, to_text(bytes, " bytes"), expected, copy_again);
+Bytes section_of(Bytes image, const Section& s) {
+    return image.subspan(static_cast<std::size_t>(s.offset), static_cast<std::size_t>(s.bytes));
 }
 
 // Returns the size that the file says it has. Less may be there, but all sections are.
-std::uint64_t read_header(const std::string& where, Bytes image, std::array<Section, 4>& sections) {
+std::uint64_t read_header(const Check& check, Bytes image, std::array<Section, 4>& sections) {
     const std::size_t shown = std::min(image.size(), sizeof magic);
     if (shown == 0 || std::memcmp(image.data(), magic, shown) != 0) {
-        std::string found = shown ? "" : "an empty file";
+        std::string found = shown ? "" : " nothing";
         char hex[4];
-        for (std::size_t i = 0; i < shown; ++i) std::snprintf(hex, sizeof hex, i ? " %02X" : "%02X", std::to_integer<unsigned>(image[i])), found += hex;
-        fail_found(where, "this is not an .l3 model file", found, "89 6C 6C 61 6D 61 33 0A at its start", "Make one with convert/convert.py");
+        for (std::size_t i = 0; i < shown; ++i)
+            std::snprintf(hex, sizeof hex, " %02X", std::to_integer<unsigned>(image[i])), found += hex;
+        Check{check.where, "Make one with convert/convert.py"}.bad("this is not an .l3 model file", "at its start" + found,
+                                                                   "89 6C 6C 61 6D 61 33 0A");
     }
-    if (image.size() < header_bytes) fail_truncated(where, "header", image.size(), to_text("at least ", header_bytes));
+    if (image.size() < header_bytes) check.truncated("header", image.size(), header_bytes);
     const std::byte* header = image.data();
-    const std::uint32_t version = load_as<std::uint32_t>(header + 8);
-    if (version != format_version)
-        fail_found(where, "this version of the file format is unknown", version, format_version, "Convert the model with the convert.py of this llama3.hpp");
-    check_sum(where, "the header", image.first(120), load_as<std::uint64_t>(header + 120));
-    check_zero(where, "bytes 12 to 15", image.subspan(12, 4));
+    check.equal("the file", "is of another version of the format", load_as<std::uint32_t>(header + 8), format_version);
+    check.sum("the header", image.first(120), load_as<std::uint64_t>(header + 120));
+    check.zero("bytes 12 to 15", image.subspan(12, 4));
 
     const std::uint64_t size = load_as<std::uint64_t>(header + 16);
     for (std::size_t i = 0; i < sections.size(); ++i) {
         const std::byte* entry = header + 24 + 24 * i;
-        const Section s = sections[i] = {load_as<std::uint64_t>(entry), load_as<std::uint64_t>(entry + 8), load_as<std::uint64_t>(entry + 16)};
+        Section& s = sections[i];
+        s = {load_as<std::uint64_t>(entry), load_as<std::uint64_t>(entry + 8), load_as<std::uint64_t>(entry + 16)};
         if (s.offset % 8 != 0 || s.offset > size || s.bytes > size - s.offset)
-            fail_found(where, to_text("the ", section_names[i], " has no place in the file"), to_text(s.bytes, " bytes at ", s.offset),
-                       to_text("a multiple of 8 and an end by ", size));
-        if (s.offset + s.bytes > image.size()) fail_truncated(where, section_names[i], image.size(), size);
+            check.bad(to_text("the ", section_names[i], " has no place in the file"), to_text(s.bytes, " bytes at ", s.offset),
+                      to_text("a multiple of 8 and an end by ", size));
+        if (s.offset + s.bytes > image.size()) check.truncated(section_names[i], image.size(), size);
     }
     std::array<Section, 4> sorted = sections;
     std::sort(sorted.begin(), sorted.end(), [](const Section& a, const Section& b) { return a.offset < b.offset; });
     std::uint64_t end = header_bytes;
-    for (const Section& s : sorted) {
-        if (s.offset < end) fail_found(where, "sections of the file overlap", to_text("one at ", s.offset), to_text(end, " or more"));
-        end = s.offset + s.bytes;
-    }
+    for (const Section& s : sorted) check.range("the start of a section", s.offset, end, size), end = s.offset + s.bytes;
     return size;
 }
 
-Config read_config(const std::string& where, Bytes section) {
-    if (section.size() != config_bytes) fail_found(where, "the configuration has a wrong size", section.size(), config_bytes);
+Config read_config(const Check& check, Bytes section) {
+    check.equal("the configuration", "has a wrong size", section.size(), config_bytes);
     Config config;
     const auto integer = [&](std::size_t offset, const char* name, std::uint32_t high = 1u << 24) {
         const std::uint32_t value = load_as<std::uint32_t>(section.data() + offset);
-        if (value > high) fail_found(where, to_text("the ", name, " is out of range"), value, to_text("at most ", high));
+        check.range(name, value, 0u, high);
         return static_cast<int>(value);
     };
-    for (const auto& field : integer_fields) config.*field.member = integer(field.offset, field.name);
-    for (const auto& field : real_fields) config.*field.member = load_as<float>(section.data() + field.offset);
-    config.chat_format = static_cast<ChatFormat>(integer(chat_format_offset, "chat format"));
-    config.tied_embedding = integer(tied_offset, "mark of a tied embedding", 1) != 0;
-    const auto ends = static_cast<std::size_t>(integer(end_count_offset, "number of end tokens", max_end_tokens));
-    for (std::size_t i = 0; i < ends; ++i) config.end_tokens.push_back(integer(end_tokens_offset + 4 * i, "end token"));
-    check_zero(where, "the configuration after its end tokens", section.subspan(end_tokens_offset + 4 * ends));
-    check_config(where, config);
+    for (const auto& f : integer_fields) config.*f.member = integer(f.offset, f.name);
+    for (const auto& f : real_fields) config.*f.member = load_as<float>(section.data() + f.offset);
+    config.chat_format = static_cast<ChatFormat>(integer(chat_format_offset, "the chat format"));
+    config.tied_embedding = integer(tied_offset, "the mark of a tied embedding", 1) != 0;
+    const auto ends = static_cast<std::size_t>(integer(end_count_offset, "the number of end tokens", max_end_tokens));
+    for (std::size_t i = 0; i < ends; ++i) config.end_tokens.push_back(integer(end_tokens_offset + 4 * i, "an end token"));
+    check.zero("the configuration after its end tokens", section.subspan(end_tokens_offset + 4 * ends));
+    check_config(check, config);
     return config;
 }
 
-// Cuts the section into its lists, which stay where they are. What the tokens and names are is looked at by make_tokenizer (§6).
-Tokenizer read_tokenizer(const std::string& where, Bytes section, const Config& config, std::shared_ptr<const void> owner) {
+// Cuts the section into its lists, which stay where they are. make_tokenizer (§6) looks at the tokens and names themselves.
+Tokenizer read_tokenizer(const Check& check, Bytes section, const Config& config, std::shared_ptr<const void> owner) {
     std::size_t position = 0;
     const auto take = [&](std::uint64_t bytes, const char* what) {
         if (bytes > section.size() - position)
-            fail_found(where, to_text("the tokenizer ends in its ", what), to_text(section.size(), " bytes"), to_text(position + bytes, " or more"));
+            check.bad(to_text("the tokenizer ends in its ", what), to_text(section.size(), " bytes"),
+                      to_text("at least ", position + bytes));
         position += static_cast<std::size_t>(bytes);
         return section.data() + position - bytes;
     };
     const auto numbers = [&](std::uint64_t count, const char* what) {
-        return std::span(reinterpret_cast<const std::uint32_t*>(take(4 * count, what)), static_cast<std::size_t>(count));
+        const std::byte* first = take(4 * count, what);
+        return std::span(reinterpret_cast<const std::uint32_t*>(first), static_cast<std::size_t>(count));
     };
-    const auto ascending = [&](std::span<const std::uint32_t> list, std::uint64_t least, const char* what) {
-        for (const std::uint32_t number : list) {
-            if (number < least) fail_found(where, to_text("the ", what, " do not ascend"), number, to_text(least, " or more"));
-            least = std::uint64_t{number} + 1;
-        }
+    const auto ascending = [&](std::span<const std::uint32_t> list, std::uint64_t least, std::uint64_t high, const char* what) {
+        for (const std::uint64_t number : list) check.range(what, number, least, high), least = number + 1;
     };
     const auto text = [&](std::span<const std::uint32_t> starts, const char* what) {
-        ascending(starts, 0, what);
-        if (starts.front() != 0) fail_found(where, to_text("the first of the ", what, " is wrong"), starts.front(), 0);
+        check.equal(what, "is not 0 for the first", starts.front(), 0u);
+        ascending(starts, 0, section.size() - position, what);
         return std::string_view(reinterpret_cast<const char*>(take(starts.back(), what)), starts.back());
     };
 
     const auto counts = numbers(2, "counts");
+    const std::uint32_t vocabulary = static_cast<std::uint32_t>(config.vocab_size);
+    check.range("the number of tokens", counts[0], 1u, vocabulary);
     const auto starts = numbers(std::uint64_t{counts[0]} + 1, "starts of tokens");
-    const std::string_view tokens = text(starts, "starts of tokens");
+    const std::string_view tokens = text(starts, "the start of a token");
     const std::size_t padding = (4 - position % 4) % 4;
-    check_zero(where, "the tokenizer after its tokens", {take(padding, "tokens"), padding});
+    check.zero("the tokenizer after its tokens", {take(padding, "tokens"), padding});
     const auto ids = numbers(counts[1], "ids of special tokens");
+    ascending(ids, counts[0], vocabulary - 1, "the id of a special token");
     const auto name_starts = numbers(std::uint64_t{counts[1]} + 1, "starts of special tokens");
-    const std::string_view names = text(name_starts, "starts of special tokens");
-    if (position != section.size()) fail_found(where, "the tokenizer has a wrong size", section.size(), position);
-    ascending(ids, counts[0], "ids of special tokens");
-    const std::uint32_t largest = ids.empty() ? counts[0] - 1 : ids.back(), vocabulary = static_cast<std::uint32_t>(config.vocab_size);
-    if (counts[0] == 0 || largest >= vocabulary) fail_found(where, "the tokens go beyond the vocabulary", largest, to_text("0 to ", vocabulary - 1));
-    return Tokenizer(make_tokenizer(starts, tokens, ids, name_starts, names, config.vocab_size, config.begin_token, config.end_tokens, std::move(owner), where));
+    const std::string_view names = text(name_starts, "the start of a special token");
+    check.equal("the tokenizer", "has a wrong size", section.size(), position);
+    return Tokenizer(make_tokenizer(starts, tokens, ids, name_starts, names, config.vocab_size, config.begin_token,
+                                    config.end_tokens, std::move(owner), check.where));
 }
 
 // The name in an entry of the tensor table, fit to be shown.
-std::string read_name(const std::string& where, const std::byte* entry, std::size_t i) {
+std::string read_name(const Check& check, const std::byte* entry, std::size_t i) {
     const std::string_view field(reinterpret_cast<const char*>(entry), name_bytes), name = field.substr(0, field.find('\0'));
     const bool printable = std::all_of(name.begin(), name.end(), [](char c) { return c > ' ' && c <= '~'; });
     if (name.empty() || name.size() == name_bytes || !printable || field.find_first_not_of('\0', name.size()) != field.npos)
-        fail_found(where, to_text("the name of tensor ", i, " is damaged"), "other bytes", "1 to 39 characters, filled up with zeros");
+        check.bad(to_text("tensor ", i, " has a damaged name"), "other bytes", "1 to 39 characters, then zeros");
     return std::string(name);
 }
 
-// The tensors, each compared with the one that must stand there. `end` is where the last section ends, `size` where the file does.
-std::vector<TensorInfo> read_table(const std::string& where, Bytes table, const Config& config, std::uint64_t end, std::uint64_t size) {
-    if (table.size() < 8 || (table.size() - 8) % entry_bytes != 0 || (table.size() - 8) / entry_bytes != load_as<std::uint32_t>(table.data()))
-        fail_found(where, "the tensor table has a wrong size", to_text(table.size(), " bytes"), "8 + 96 x its count");
-    check_zero(where, "bytes 4 to 7 of the tensor table", table.subspan(4, 4));
+// The tensors, each compared with the one that must stand there. `end`: of the last section; `size`: of the file.
+std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config& config, std::uint64_t end,
+                                   std::uint64_t size) {
+    const std::uint64_t stated = table.size() < 8 ? 0 : load_as<std::uint32_t>(table.data());
+    check.equal("the tensor table", "has a wrong size", std::uint64_t{table.size()}, 8 + entry_bytes * stated);
     const std::size_t count = (table.size() - 8) / entry_bytes;
+    check.zero("bytes 4 to 7 of the tensor table", table.subspan(4, 4));
 
     std::vector<TensorInfo> tensors = required_tensors(config);
     for (std::size_t i = 0; i < std::max(count, tensors.size()); ++i) {
-        if (i == count) fail_found(where, to_text("tensor ", tensors[i].name, " is missing"), to_text(count, " tensors"), tensors.size());
+        if (i == count) check.bad("tensor " + tensors[i].name + " is missing", to_text(count, " tensors"), tensors.size());
         const std::byte* entry = table.data() + 8 + entry_bytes * i;
-        const std::string name = read_name(where, entry, i), tensor = "tensor " + name;
-        if (i == tensors.size()) fail_found(where, tensor + " is one too many", to_text(count, " tensors"), tensors.size());
+        const std::string name = read_name(check, entry, i), tensor = "tensor " + name;
+        if (i == tensors.size()) check.bad(tensor + " is one too many", to_text(count, " tensors"), tensors.size());
         TensorInfo& t = tensors[i];
-        if (name != t.name) fail_found(where, to_text("tensor ", i, " is not the one that belongs there"), name, t.name);
+        if (name != t.name) check.bad(to_text("tensor ", i, " is not the one that belongs there"), name, t.name);
 
-        const auto format = load_as<std::uint32_t>(entry + 40), dimensions = load_as<std::uint32_t>(entry + 44), segments = load_as<std::uint32_t>(entry + 88);
-        const auto rows = load_as<std::uint64_t>(entry + 48), columns = load_as<std::uint64_t>(entry + 56);
-        if (format > 3) fail_found(where, tensor + " has an unknown format", format, "0 to 3 for f32, bf16, q8, q4");
-        if (dimensions != static_cast<std::uint32_t>(t.dimensions)) fail_found(where, tensor + " has a wrong number of dimensions", dimensions, t.dimensions);
-        if (t.dimensions == 1 && format != 0) fail_found(where, tensor + " has a wrong format", format_name(static_cast<Format>(format)), "f32");
-        if (rows != static_cast<std::uint64_t>(t.rows) || columns != static_cast<std::uint64_t>(t.columns))
-            fail_found(where, tensor + " has a wrong shape", to_text("[", rows, ", ", columns, "]"), to_text("[", t.rows, ", ", t.columns, "]"));
-        if (segments != static_cast<std::uint32_t>(t.segments)) fail_found(where, tensor + " has a wrong number of segments", segments, t.segments);
-        check_zero(where, "the last word of the entry of " + tensor, {entry + 92, 4});
-
-        t.format = static_cast<Format>(format);
-        t.offset = load_as<std::uint64_t>(entry + 64), t.bytes = load_as<std::uint64_t>(entry + 72), t.checksum = load_as<std::uint64_t>(entry + 80);
-        if (t.bytes != tensor_bytes(t)) fail_found(where, tensor + " has a wrong size", to_text(t.bytes, " bytes"), tensor_bytes(t));
+        const auto word = [&](std::size_t offset) { return load_as<std::uint32_t>(entry + offset); };
+        const auto number = [&](std::size_t offset) { return load_as<std::uint64_t>(entry + offset); };
+        if (word(40) > (t.dimensions == 1 ? 0u : 3u))
+            check.bad(tensor + " has a wrong format", word(40), t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
+        t.format = static_cast<Format>(word(40)), t.offset = number(64), t.bytes = number(72), t.checksum = number(80);
+        check.equal(tensor, "has a wrong number of dimensions", word(44), static_cast<std::uint32_t>(t.dimensions));
+        check.equal(tensor, "has a wrong number of rows", number(48), static_cast<std::uint64_t>(t.rows));
+        check.equal(tensor, "has a wrong number of columns", number(56), static_cast<std::uint64_t>(t.columns));
+        check.equal(tensor, "has a wrong number of segments", word(88), static_cast<std::uint32_t>(t.segments));
+        check.equal(tensor, "has a wrong last word in the table", word(92), 0u);
+        check.equal(tensor, "has a wrong number of bytes", t.bytes, tensor_bytes(t));
+        if (i > 0) check.equal(tensor, "is in the wrong place", t.offset, align(end, 64));
         if (i == 0 && (t.offset % 4096 != 0 || t.offset < end))
-            fail_found(where, tensor + " is in the wrong place", t.offset, to_text("a multiple of 4096, at least ", end));
-        if (i > 0 && t.offset != align(end, 64)) fail_found(where, tensor + " is in the wrong place", t.offset, align(end, 64));
+            check.bad(tensor + " is in the wrong place", t.offset, to_text("a multiple of 4096, at least ", end));
         if (t.offset > size || t.bytes > size - t.offset)
-            fail_found(where, tensor + " lies outside the file", to_text(t.bytes, " bytes at ", t.offset), to_text("an end by ", size));
+            check.bad(tensor + " lies outside the file", to_text(t.bytes, " bytes at ", t.offset), to_text("an end by ", size));
         end = t.offset + t.bytes;
     }
-    if (end != size) fail_found(where, "the file's size is not where its last tensor ends", size, end);
+    check.equal("the size of the file", "is not where its last tensor ends", size, end);
+    for (std::size_t i = 1; i < tensors.size(); ++i)  // these meet the same packed activations, so they share a format
+        for (const std::string_view part : {".key", ".value", ".up"})
+            if (tensors[i].name.ends_with(part) && tensors[i].format != tensors[i - 1].format)
+                check.bad("tensor " + tensors[i].name + " has another format than " + tensors[i - 1].name, format_name(tensors[i].format),
+                          format_name(tensors[i - 1].format));
     return tensors;
 }
 
@@ -4007,30 +4019,32 @@ Weights bind_weights(const std::byte* image, const Config& config, const std::ve
     };
     Weights weights;
     weights.embedding = matrix();
-    for (int i = 0; i < config.n_layers; ++i)  // a list in braces is evaluated from left to right
-        weights.layers.push_back(Layer{i, norm(), matrix(), matrix(), matrix(), matrix(), norm(), matrix(), matrix(), matrix()});
+    for (int i = 0; i < config.n_layers; ++i) {  // a list in braces is evaluated from left to right
+        Layer layer{i, norm(), matrix(), matrix(), matrix(), matrix(), norm(), matrix(), matrix(), matrix()};
+        weights.layers.push_back(layer);
+    }
     weights.final_norm = norm();
     weights.output = config.tied_embedding ? weights.embedding : matrix();
     return weights;
 }
 
 // Reads the header, the configuration, the tensor table and the tokenizer, and touches nothing else.
-std::shared_ptr<Model::Impl> open_model(std::string name, Bytes image, std::shared_ptr<const void> owner) {
+std::shared_ptr<Model::Impl> open_model(const std::string& name, Bytes image, std::shared_ptr<const void> owner) {
+    const Check check{name};
     auto model = std::make_shared<Model::Impl>();
-    model->name = std::move(name), model->image = image, model->owner = std::move(owner);
-    const std::string& where = model->name;
-    const std::uint64_t size = read_header(where, image, model->sections);
+    model->name = name, model->image = image, model->owner = std::move(owner);
+    const std::uint64_t size = read_header(check, image, model->sections);
     const auto& [config, tokenizer, table, provenance] = model->sections;
-    check_sum(where, "the configuration", section_of(image, config), config.checksum);
-    check_sum(where, "the tensor table", section_of(image, table), table.checksum);
+    check.sum("the configuration", section_of(image, config), config.checksum);
+    check.sum("the tensor table", section_of(image, table), table.checksum);
     std::uint64_t end = 0;
     for (const Section& s : model->sections) end = std::max(end, s.offset + s.bytes);
-    model->config = read_config(where, section_of(image, config));
-    model->tensors = read_table(where, section_of(image, table), model->config, end, size);
+    model->config = read_config(check, section_of(image, config));
+    model->tensors = read_table(check, section_of(image, table), model->config, end, size);
     for (const TensorInfo& t : model->tensors)
-        if (t.offset + t.bytes > image.size()) fail_truncated(where, "tensor " + t.name, image.size(), size);
-    if (image.size() > size) fail_found(where, "the file goes on after its end", to_text(image.size(), " bytes"), size, copy_again);
-    model->tokenizer = read_tokenizer(where, section_of(image, tokenizer), model->config, model->owner);
+        if (t.offset + t.bytes > image.size()) check.truncated("tensor " + t.name, image.size(), size);
+    Check{name, copy_again}.equal("the file", "goes on after its end", std::uint64_t{image.size()}, size);
+    model->tokenizer = read_tokenizer(check, section_of(image, tokenizer), model->config, model->owner);
     model->weights = bind_weights(image.data(), model->config, model->tensors);
     return model;
 }
@@ -4043,36 +4057,42 @@ struct Vocabulary {
     std::vector<std::pair<int, std::string>> specials;
 };
 
-// The 256 bytes, then aa, ab, ... zzzz, ...; at the end the special tokens of Llama 3.2, at most 256.
+// The 256 bytes, then aa, ab, ..., zzzz, ...; at the end the special tokens of Llama 3.2, at most 256.
 Vocabulary synthetic_vocabulary(int vocab_size) {
     const int ranks = std::max(256, vocab_size - 256);
     Vocabulary v;
-    const auto visible = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };  // these come first in Llama's order
+    const auto visible = [](int b) { return (b > 32 && b < 127) || (b > 160 && b != 173); };  // first in Llama's order
     for (const bool wanted : {true, false})
         for (int b = 0; b < 256; ++b)
             if (visible(b) == wanted) v.tokens.emplace_back(1, static_cast<char>(b));
     for (std::string next = "aa"; static_cast<int>(v.tokens.size()) < ranks;) {
         v.tokens.push_back(next);
-        const std::size_t last = next.find_last_not_of('z');  // count up: the letter before the z's, and these again from a
-        next = last == next.npos ? std::string(next.size() + 1, 'a') : next.substr(0, last) + static_cast<char>(next[last] + 1) + std::string(next.size() - last - 1, 'a');
+        std::size_t i = next.size();
+        while (i > 0 && next[i - 1] == 'z') next[--i] = 'a';  // count up: carry over the z's
+        if (i > 0) ++next[i - 1];
+        else next += 'a';
     }
-    constexpr const char* names[] = {"begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id", "step_id",
-                                     "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image"};
-    for (int i = 0; i < vocab_size - ranks; ++i)
-        v.specials.emplace_back(ranks + i, i < 12 ? to_text("<|", names[i], "|>") : to_text("<|reserved_special_token_", i - 10, "|>"));
+    constexpr std::string_view names[] = {
+        "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id", "step_id",
+        "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image"};
+    for (std::size_t i = 0; ranks + static_cast<int>(i) < vocab_size; ++i) {
+        const std::string name = i < std::size(names) ? std::string(names[i]) : to_text("reserved_special_token_", i - 10);
+        v.specials.emplace_back(ranks + static_cast<int>(i), to_text("<|", name, "|>"));
+    }
     return v;
 }
 
-template <class T>
-void append(std::string& to, T value) {
-    to.append(reinterpret_cast<const char*>(&value), sizeof value);
+// Appends values as they are in memory.
+template <class... T>
+void append(std::string& to, const T&... values) {
+    (to.append(reinterpret_cast<const char*>(&values), sizeof values), ...);
 }
 
 std::string write_config(const Config& c) {
     std::string section(config_bytes, '\0');
     const auto put = [&](std::size_t offset, auto value) { std::memcpy(section.data() + offset, &value, sizeof value); };
-    for (const auto& field : integer_fields) put(field.offset, c.*field.member);
-    for (const auto& field : real_fields) put(field.offset, c.*field.member);
+    for (const auto& f : integer_fields) put(f.offset, c.*f.member);
+    for (const auto& f : real_fields) put(f.offset, c.*f.member);
     put(chat_format_offset, c.chat_format);
     put(tied_offset, std::uint32_t{c.tied_embedding});
     put(end_count_offset, static_cast<std::uint32_t>(c.end_tokens.size()));
@@ -4081,20 +4101,15 @@ std::string write_config(const Config& c) {
 }
 
 std::string write_tokenizer(const Vocabulary& v) {
-    std::string section, names;
-    const auto put_list = [&](const auto& list, const auto& text_of) {
-        std::string text;
-        append(section, std::uint32_t{0});
-        for (const auto& item : list) text += text_of(item), append(section, static_cast<std::uint32_t>(text.size()));
-        section += text;
-    };
-    append(section, static_cast<std::uint32_t>(v.tokens.size()));
-    append(section, static_cast<std::uint32_t>(v.specials.size()));
-    put_list(v.tokens, [](const std::string& token) -> const std::string& { return token; });
+    std::string section, tokens, names;
+    append(section, static_cast<std::uint32_t>(v.tokens.size()), static_cast<std::uint32_t>(v.specials.size()), 0u);
+    for (const std::string& token : v.tokens) tokens += token, append(section, static_cast<std::uint32_t>(tokens.size()));
+    section += tokens;
     section.resize(static_cast<std::size_t>(align(section.size(), 4)));
-    for (const auto& special : v.specials) append(section, static_cast<std::uint32_t>(special.first));
-    put_list(v.specials, [](const auto& special) -> const std::string& { return special.second; });
-    return section;
+    for (const auto& special : v.specials) append(section, special.first);
+    append(section, 0u);
+    for (const auto& special : v.specials) names += special.second, append(section, static_cast<std::uint32_t>(names.size()));
+    return section + names;
 }
 
 std::string write_table(const std::vector<TensorInfo>& tensors) {
@@ -4102,29 +4117,29 @@ std::string write_table(const std::vector<TensorInfo>& tensors) {
     append(section, static_cast<std::uint64_t>(tensors.size()));  // u32 count, u32 0
     for (const TensorInfo& t : tensors) {
         section += t.name + std::string(name_bytes - t.name.size(), '\0');
-        append(section, t.format), append(section, t.dimensions);
-        append(section, static_cast<std::uint64_t>(t.rows)), append(section, static_cast<std::uint64_t>(t.columns));
-        append(section, t.offset), append(section, t.bytes), append(section, t.checksum), append(section, static_cast<std::uint64_t>(t.segments));
+        append(section, t.format, t.dimensions, static_cast<std::uint64_t>(t.rows), static_cast<std::uint64_t>(t.columns));
+        append(section, t.offset, t.bytes, t.checksum, static_cast<std::uint64_t>(t.segments));  // u32 segments, u32 0
     }
     return section;
 }
 
-// A whole file in memory, allocated once. `fill` writes the bytes of one tensor, in place and into zeros.
+// A whole file in memory, allocated once. `fill` writes the bytes of a tensor in place; they are zeros before.
 using FillTensor = std::function<void(const TensorInfo& tensor, std::byte* bytes)>;
-AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Format format, std::string_view provenance, bool checksums, const FillTensor& fill) {
-    check_config("configuration", config, "Choose another value", Code::argument);
+AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Format format, const std::string& provenance,
+                          bool checksums, const FillTensor& fill) {
+    const Check check{"configuration", choose_another, Code::argument};
+    check_config(check, config);
     std::vector<TensorInfo> tensors = required_tensors(config);
-    std::array<std::string, 4> parts = {write_config(config), write_tokenizer(vocabulary), write_table(tensors), std::string(provenance)};
-    std::uint64_t end = header_bytes;
-    std::array<Section, 4> sections;
-    for (std::size_t i = 0; i < 4; ++i) sections[i] = {align(end, 8), parts[i].size(), 0}, end = sections[i].offset + parts[i].size();
+    std::string parts[4] = {write_config(config), write_tokenizer(vocabulary), write_table(tensors), provenance};
+    std::uint64_t offsets[4], end = header_bytes;
+    for (std::size_t i = 0; i < 4; ++i) offsets[i] = align(end, 8), end = offsets[i] + parts[i].size();
     end = align(end, 4096);
     for (TensorInfo& t : tensors) {
         const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
         t.format = t.dimensions == 1 ? Format::f32 : sensitive ? Format::q8 : format;
         t.offset = align(end, 64), t.bytes = tensor_bytes(t), end = t.offset + t.bytes;
     }
-    if (end > std::numeric_limits<std::size_t>::max()) fail_found("configuration", "the model is too large", end, "a size that fits into memory", "Choose a smaller one", Code::memory);
+    check.range<std::uint64_t>("the size of the model", end, 0, std::numeric_limits<std::size_t>::max());
 
     AlignedBuffer image(static_cast<std::size_t>(end), true);
     for (TensorInfo& t : tensors) {
@@ -4133,10 +4148,10 @@ AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Fo
     }
     parts[table_section] = write_table(tensors);
     std::string header(reinterpret_cast<const char*>(magic), sizeof magic);
-    append(header, std::uint64_t{format_version}), append(header, end);  // u32 version, u32 0
+    append(header, std::uint64_t{format_version}, end);  // u32 version, u32 0
     for (std::size_t i = 0; i < 4; ++i) {
-        append(header, sections[i].offset), append(header, sections[i].bytes), append(header, blake2b(std::as_bytes(std::span(parts[i]))));
-        std::memcpy(image.data() + sections[i].offset, parts[i].data(), parts[i].size());
+        append(header, offsets[i], std::uint64_t{parts[i].size()}, blake2b(std::as_bytes(std::span(parts[i]))));
+        std::memcpy(image.data() + offsets[i], parts[i].data(), parts[i].size());
     }
     append(header, blake2b(std::as_bytes(std::span(header))));
     std::memcpy(image.data(), header.data(), header.size());
@@ -4144,20 +4159,20 @@ AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Fo
 }
 
 // Encodes a tensor from rows of floats: fill_row(name, row, values [columns]).
-using FillRow = std::function<void(std::string_view name, int row, std::span<float> values)>;
+using FillRow = std::function<void(const std::string& name, int row, std::span<float> values)>;
 void encode_tensor(const TensorInfo& t, std::byte* bytes, const FillRow& fill_row) {
     const auto columns = static_cast<std::size_t>(t.columns);
     if (t.dimensions == 1) return fill_row(t.name, 0, {reinterpret_cast<float*>(bytes), columns});
     const auto padded = static_cast<std::size_t>(round_up(t.columns, unit_columns(t.format)));
-    std::vector<float> rows(panel_rows * padded);
     for (int row = 0; row < t.rows; row += panel_rows, bytes += panel_bytes(t)) {
-        std::fill(rows.begin(), rows.end(), 0.0f);
-        for (int r = 0; r < panel_rows && row + r < t.rows; ++r) fill_row(t.name, row + r, {rows.data() + static_cast<std::size_t>(r) * padded, columns});
+        std::vector<float> rows(panel_rows * padded);
+        for (int r = 0; r < panel_rows && row + r < t.rows; ++r)
+            fill_row(t.name, row + r, {rows.data() + static_cast<std::size_t>(r) * padded, columns});
         encode_panel(t.format, rows.data(), static_cast<int>(padded), bytes);
     }
 }
 
-// Steele, Lea and Flood's splitmix64: one number per call, fast, and good enough to look random.
+// splitmix64 (Steele, Lea and Flood, 2014): as fast as memory, and random enough for weights.
 std::uint64_t next_random(std::uint64_t& state) {
     std::uint64_t z = state += 0x9e3779b97f4a7c15;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
@@ -4165,46 +4180,51 @@ std::uint64_t next_random(std::uint64_t& state) {
     return z ^ (z >> 31);
 }
 
-// Random weights of standard deviation 1 / √columns, drawn as bits of the format: a billion of them in about a second.
+// Weights of standard deviation 1 / √columns, drawn as bits of the format. Only for shapes that need no filling up.
 void random_panels(const TensorInfo& t, std::byte* bytes, std::uint64_t& state) {
     const double deviation = 1 / std::sqrt(static_cast<double>(t.columns));
-    // f32, bf16: sign and fraction are drawn, the exponent is fixed: ±[1, 2) 2^e has the deviation 1.53 x 2^e
+    // f32, bf16: sign and fraction are drawn, the exponent e is the same for all: ±[1, 2) 2^e, of deviation 1.53 x 2^e
     const auto exponent = static_cast<std::uint64_t>(127 + std::ilogb(deviation / 1.08));
     std::uint64_t keep = ~0ull, set = 0, odd = 0;
     if (t.format == Format::f32) keep = 0x807fffff807fffff, set = (exponent << 23) * 0x0000000100000001;
     if (t.format == Format::bf16) keep = 0x807f807f807f807f, set = (exponent << 7) * 0x0001000100010001;
     if (t.format == Format::q8) odd = 0x0101010101010101;  // negative bytes become odd: none is -128
     // q8, q4: uniform bytes (deviation 73.9) and nibbles (4.6); scales differ by up to 12 %, in q4 also in their sign
-    const bool quantised = t.format == Format::q8 || t.format == Format::q4;
-    const std::size_t scale_bytes = quantised ? 64 : 0, unit = unit_bytes(t.format);
-    const std::uint16_t scale = to_fp16(static_cast<float>(deviation / (t.format == Format::q8 ? 78 : 4.9)));
-    const int varied = t.format == Format::q4 ? 0x807f : 0x7f;
+    const std::size_t unit = unit_bytes(t.format), scales = t.format == Format::q8 || t.format == Format::q4 ? unit - 64 : unit;
+    const int scale = to_fp16(static_cast<float>(deviation / (t.format == Format::q8 ? 78 : 4.9)));
+    const int varied = t.format == Format::q8 ? 0x007f : 0x807f;
     for (const std::byte* end = bytes + t.bytes; bytes < end; bytes += unit) {
-        for (std::size_t i = 0; i < unit - scale_bytes; i += 8) {
+        for (std::size_t i = 0; i < scales; i += 8) {
             const std::uint64_t random = next_random(state);
             store_as(bytes + i, ((random | ((random >> 7) & odd)) & keep) | set);
         }
-        for (std::size_t i = unit - scale_bytes; i < unit; i += 2)
+        for (std::size_t i = scales; i < unit; i += 2)
             store_as(bytes + i, static_cast<std::uint16_t>(scale + (static_cast<int>(next_random(state)) & varied)));
     }
 }
 
-// A model of random weights as a file in memory. Segments and the begin and end tokens are set here, whatever the configuration says.
+// A file of random weights. Segments, begin and end tokens are set here, whatever the configuration says.
 AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool checksums) {
+    const Check check{"synthetic model", choose_another, Code::argument};
+    check.range("the vocabulary", c.vocab_size, 266, 1 << 24);  // 256 bytes and the special tokens up to <|eot_id|>
     const Vocabulary vocabulary = synthetic_vocabulary(c.vocab_size);
-    if (vocabulary.specials.size() < 10)
-        fail_found("synthetic model", "the vocabulary is too small", c.vocab_size, "266 or more: 256 bytes and the special tokens up to <|eot_id|>", "Choose another value", Code::argument);
-    const int special = vocabulary.specials[0].first;
-    c.begin_token = special, c.end_tokens = {special + 1, special + 8, special + 9};  // end_of_text, eom_id, eot_id
-    c.attention_out_segments = choose_segments(c.n_heads * c.head_dim, c.n_heads), c.down_segments = choose_segments(c.ffn_dim, 0);
+    const int first = vocabulary.specials[0].first;
+    c.begin_token = first, c.end_tokens = {first + 1, first + 8, first + 9};  // end_of_text, eom_id, eot_id
+    c.attention_out_segments = out_segments(c), c.down_segments = down_segments(c);
     std::uint64_t state = seed;
-    return write_model(c, vocabulary, format, "source: random numbers\nconverter: llama3.hpp " LLAMA3_VERSION "\n", checksums, [&](const TensorInfo& t, std::byte* bytes) {
-        if (t.dimensions == 2 && t.rows % panel_rows == 0 && t.columns % unit_columns(t.format) == 0) return random_panels(t, bytes, state);
-        const float width = std::sqrt(12 / static_cast<float>(t.columns));  // of a uniform distribution with the same deviation
-        encode_tensor(t, bytes, [&](std::string_view, int, std::span<float> row) {
-            for (float& x : row) x = t.dimensions == 1 ? 1 : (static_cast<float>(next_random(state) >> 40) * 0x1p-24f - 0.5f) * width;
+    const auto fill = [&](const TensorInfo& t, std::byte* bytes) {
+        if (t.dimensions == 2 && t.rows % panel_rows == 0 && t.columns % unit_columns(t.format) == 0)
+            return random_panels(t, bytes, state);
+        const float width = std::sqrt(12 / static_cast<float>(t.columns));  // of a uniform distribution of the same deviation
+        encode_tensor(t, bytes, [&](const std::string&, int, std::span<float> row) {
+            for (float& x : row) {
+                const float uniform = static_cast<float>(next_random(state) >> 40) * 0x1p-24f;
+                x = t.dimensions == 1 ? 1 : (uniform - 0.5f) * width;
+            }
         });
-    });
+    };
+    const std::string provenance = "source: random numbers\nconverter: llama3.hpp " LLAMA3_VERSION "\n";
+    return write_model(c, vocabulary, format, provenance, checksums, fill);
 }
 
 }  // namespace detail
@@ -4221,10 +4241,9 @@ Model Model::load(const std::string& path, Loading loading) {
 }
 
 Model Model::from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner) {
+    const detail::Check check{"model in memory", "Copy it into memory from std::aligned_alloc or the like", Code::argument};
     const auto past = reinterpret_cast<std::uintptr_t>(image.data()) % 64;
-    if (past != 0)
-        detail::fail_found("model in memory", "the image is not aligned", detail::to_text(past, " bytes past a multiple of 64"), "a multiple of 64",
-                           "Copy it into memory from std::aligned_alloc or the like", Code::argument);
+    if (past != 0) check.bad("the image is not aligned", detail::to_text(past, " bytes past"), "a multiple of 64");
     return Model(detail::open_model("model in memory", image, std::move(owner)));
 }
 
@@ -4253,29 +4272,31 @@ std::string Model::describe() const {
         parameters += static_cast<std::uint64_t>(t.rows) * static_cast<std::uint64_t>(t.columns);
         bytes[static_cast<std::size_t>(t.format)] += t.bytes;
     }
-    std::string text = detail::to_text(impl_->name, ": ", static_cast<double>(parameters / 10000) / 100, " million parameters, ", c.n_layers, " layers\n");
-    text += detail::to_text("width ", c.dim, ", feed-forward ", c.ffn_dim, ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ", c.head_dim,
-                            ", vocabulary ", c.vocab_size, c.tied_embedding ? ", tied embedding\n" : "\n");
-    text += detail::to_text("context ", c.context_length, ", RoPE theta ", c.rope_theta, ", scaling ");
-    text += c.rope_factor == 1 ? "none" : detail::to_text(c.rope_factor, " beyond ", c.rope_original_context);
-    text += detail::to_text(", chat format ", chat_formats[static_cast<std::size_t>(c.chat_format)], "\nweights");
+    const auto millions = [](std::uint64_t n) { return static_cast<float>(n) / 1e6f; };
+    std::string text =
+        detail::to_text(impl_->name, ": ", millions(parameters), " million parameters, ", c.n_layers, " layers\nwidth ", c.dim,
+                        ", feed-forward ", c.ffn_dim, ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ",
+                        c.head_dim, ", vocabulary ", c.vocab_size, c.tied_embedding ? ", tied embedding" : "", "\ncontext ",
+                        c.context_length, ", RoPE theta ", c.rope_theta, ", scaling ",
+                        c.rope_factor == 1 ? "none" : detail::to_text(c.rope_factor, " beyond ", c.rope_original_context),
+                        ", chat format ", chat_formats[static_cast<std::size_t>(c.chat_format)], "\nweights");
     for (std::size_t i = 0; i < 4; ++i)
-        if (bytes[i]) text += detail::to_text(" ", format_name(static_cast<Format>(i)), " ", static_cast<double>(bytes[i] / 10000) / 100, " MB");
+        if (bytes[i]) text += detail::to_text(" ", format_name(static_cast<Format>(i)), " ", millions(bytes[i]), " MB");
     return text + "\n";
 }
 
 void Model::verify() const {
     const Impl& m = *impl_;
     if (m.synthetic) return;  // never was a file
-    detail::check_sum(m.name, "the header", m.image.first(120), detail::load_as<std::uint64_t>(m.image.data() + 120));
-    std::uint64_t end = 0;
-    for (std::size_t i = 0; i < m.sections.size(); ++i) {
-        detail::check_sum(m.name, detail::to_text("the ", detail::section_names[i]), detail::section_of(m.image, m.sections[i]), m.sections[i].checksum);
-        end = std::max(end, m.sections[i].offset + m.sections[i].bytes);
-    }
+    const detail::Check check{m.name};
+    check.sum("the header", m.image.first(120), detail::load_as<std::uint64_t>(m.image.data() + 120));
+    std::uint64_t end = m.tensors[0].offset;
+    for (std::size_t i = 0; i < m.sections.size(); ++i)
+        check.sum(detail::to_text("the ", detail::section_names[i]), detail::section_of(m.image, m.sections[i]),
+                  m.sections[i].checksum);
     for (const TensorInfo& t : m.tensors) {
-        detail::check_zero(m.name, "the gap before tensor " + t.name, detail::section_of(m.image, {end, t.offset - end, 0}));
-        detail::check_sum(m.name, "tensor " + t.name, detail::section_of(m.image, {t.offset, t.bytes, 0}), t.checksum);
+        check.zero("the gap before tensor " + t.name, detail::section_of(m.image, {end, t.offset - end, 0}));
+        check.sum("tensor " + t.name, detail::section_of(m.image, {t.offset, t.bytes, 0}), t.checksum);
         end = t.offset + t.bytes;
     }
 }
@@ -4295,8 +4316,8 @@ MemoryPlan Model::plan(const Options& options) const {
 
 // ═══ §15  Platform ═════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// All that depends on the operating system or the processor's name: files, memory, what the machine has, floating-point modes. And
-// the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
+// All that depends on the operating system or on the processor's name: files, memory, floating-point modes, what the machine has;
+// and the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
 
 namespace llama3 {
 namespace detail {
@@ -4312,12 +4333,14 @@ std::string system_error() {
 #endif
 }
 
-[[noreturn]] void fail_file(const std::string& path, const std::string& what, const std::string& why, const char* to_do = "Give the path of a readable .l3 file") {
+[[noreturn]] void fail_file(const std::string& path, const std::string& what, const std::string& why,
+                            const char* to_do = "Give the path of a readable .l3 file") {
     fail(Code::file, path, what + " (" + why + ")", to_do);
 }
 
 [[noreturn]] void fail_memory(std::size_t bytes) {
-    fail(Code::memory, "memory", "the system refused " + std::to_string(bytes) + " bytes", "Choose a smaller context or cache format, or a smaller model");
+    fail(Code::memory, "memory", "the system refused " + std::to_string(bytes) + " bytes",
+         "Choose a smaller context or cache format, or a smaller model");
 }
 
 // Large buffers are pages of their own: zero, and backed by memory only once they are touched.
@@ -4327,7 +4350,7 @@ AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : s
     if (bytes == 0) return;
     void* memory = nullptr;
     if (bytes < large_buffer) {
-        memory = ::operator new(bytes, std::align_val_t{64}, std::nothrow);
+        memory = ::operator new (bytes, std::align_val_t{64}, std::nothrow);
         if (memory) std::memset(memory, 0, bytes);
     } else {
 #if defined(_WIN32)
@@ -4345,7 +4368,7 @@ AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : s
 }
 
 AlignedBuffer::~AlignedBuffer() {
-    if (size_ < large_buffer) ::operator delete(data_, std::align_val_t{64});
+    if (size_ < large_buffer) ::operator delete (data_, std::align_val_t{64});
 #if defined(_WIN32)
     else VirtualFree(data_, 0, MEM_RELEASE);
 #else
@@ -4368,8 +4391,10 @@ public:
 #if defined(_WIN32)
     explicit File(const std::string& path) : path_(path) {
         std::wstring wide(path.size(), L'\0');  // UTF-8 has at least as many units as UTF-16
-        wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, path.data(), static_cast<int>(path.size()), wide.data(), static_cast<int>(wide.size()))));
-        handle_ = CreateFileW(wide.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
+        wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, path.data(), static_cast<int>(path.size()),
+                                                                 wide.data(), static_cast<int>(wide.size()))));
+        handle_ =
+            CreateFileW(wide.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
         if (handle_ == INVALID_HANDLE_VALUE) fail_file(path, "the file cannot be opened", system_error());
         LARGE_INTEGER size;
         if (!GetFileSizeEx(handle_, &size)) {
@@ -4395,7 +4420,9 @@ public:
     // Reads up to n bytes at the current position; 0 at the end, negative after an error.
     std::int64_t read(std::byte* to, std::size_t n) const {
         DWORD done = 0;
-        return ReadFile(handle_, to, static_cast<DWORD>(std::min<std::size_t>(n, 1u << 30)), &done, nullptr) ? static_cast<std::int64_t>(done) : -1;
+        return ReadFile(handle_, to, static_cast<DWORD>(std::min<std::size_t>(n, 1u << 30)), &done, nullptr)
+                   ? static_cast<std::int64_t>(done)
+                   : -1;
     }
 #else
     explicit File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
@@ -4406,7 +4433,9 @@ public:
             size_ = static_cast<std::uint64_t>(status.st_size);
             return;
         }
-        const std::string why = !known ? system_error() : S_ISDIR(status.st_mode) ? "it is a directory" : "it is not an ordinary file";
+        const std::string why = !known                    ? system_error()
+                                : S_ISDIR(status.st_mode) ? "it is a directory"
+                                                          : "it is not an ordinary file";
         ::close(descriptor_);
         fail_file(path, "the file cannot be read", why);
     }
@@ -4428,7 +4457,8 @@ public:
     File(const File&) = delete;
     File& operator=(const File&) = delete;
     std::size_t size() const {
-        if (size_ > std::numeric_limits<std::size_t>::max()) fail_file(path_, "the file is too large", "this program has addresses of 32 bits", "Use a 64-bit system");
+        if (size_ > std::numeric_limits<std::size_t>::max())
+            fail_file(path_, "the file is too large", "this program has addresses of 32 bits", "Use a 64-bit system");
         return static_cast<std::size_t>(size_);
     }
 };
@@ -4450,7 +4480,9 @@ AlignedBuffer read_file(const std::string& path) {
     for (std::size_t done = 0; done < buffer.size();) {
         const std::int64_t n = file.read(buffer.data() + done, buffer.size() - done);
         if (n < 0) fail_file(path, "the file cannot be read", system_error());
-        if (n == 0) fail_file(path, "the file became shorter while it was read", std::to_string(done) + " of " + std::to_string(buffer.size()) + " bytes", "Try again");
+        if (n == 0)
+            fail_file(path, "the file became shorter while it was read",
+                      std::to_string(done) + " of " + std::to_string(buffer.size()) + " bytes", "Try again");
         done += static_cast<std::size_t>(n);
     }
     return buffer;
@@ -4521,7 +4553,7 @@ int usable_cpus() {
     return cpus;
 }
 
-// x86's MXCSR 0x1f80: round to nearest, keep denormals, trap nothing. The upper flags are results of past operations: they stay.
+// MXCSR 0x1f80: round to nearest, keep denormals, trap nothing. FPCR 0: the same.
 FloatEnvironment::FloatEnvironment() noexcept {
 #if defined(__x86_64__) || defined(_M_X64)
     saved_ = _mm_getcsr();

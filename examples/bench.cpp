@@ -1,0 +1,272 @@
+// How fast a model runs, as a share of what the machine could do at best: decode is bound by reading the weights, prefill by
+// multiplying. Both limits are measured in the same process, right before and after what is held against them.
+#include <iomanip>
+
+#include "common.hpp"
+#include "limits.hpp"
+
+// The shapes of the released models.
+llama3::Config released(const std::string& name) {
+    struct Shape {
+        const char *name, *size;
+        int layers, dim, heads, head_dim, ffn;
+        float rope_factor;
+        bool tied;
+    };
+    static const Shape shapes[] = {{"llama-3.2-1b", "1b", 16, 2048, 32, 64, 8192, 32, true},
+                                   {"llama-3.2-3b", "3b", 28, 3072, 24, 128, 8192, 32, true},
+                                   {"llama-3.1-8b", "8b", 32, 4096, 32, 128, 14336, 8, false},
+                                   {"llama-3.1-70b", "70b", 80, 8192, 64, 128, 28672, 8, false}};
+    std::string names;
+    for (const Shape& s : shapes) {
+        names += (names.empty() ? "" : ", ") + std::string(s.name);
+        if (name != s.name && name != s.size) continue;
+        llama3::Config config;
+        config.n_layers = s.layers, config.dim = s.dim, config.n_heads = s.heads, config.n_kv_heads = 8,
+        config.head_dim = s.head_dim;
+        config.ffn_dim = s.ffn, config.vocab_size = 128256, config.context_length = 131072;
+        config.rope_factor = s.rope_factor, config.rope_low_freq_factor = 1, config.rope_high_freq_factor = 4;
+        config.rope_original_context = 8192, config.tied_embedding = s.tied;
+        config.attention_out_segments = config.down_segments = llama3::max_segments;
+        config.begin_token = 128000, config.end_tokens = {128001, 128008, 128009};
+        return config;
+    }
+    fail(llama3::Code::argument,
+         "--synthetic: no such model (found " + json_text(name) + ", expected " + names + "). Use one of these.");
+}
+
+std::string rounded(double value) { return json(std::round(value * 100) / 100); }
+
+using Fields = std::vector<std::pair<std::string, std::string>>;
+
+// Measurements of one quantity; `put` writes the fields name, name_min and name_max.
+struct Samples {
+    std::vector<double> values;  // ascending
+    void add(double value) { values.insert(std::upper_bound(values.begin(), values.end(), value), value); }
+    double median() const {
+        return values.empty() ? std::nan("") : (values[(values.size() - 1) / 2] + values[values.size() / 2]) / 2;
+    }
+    void put(Fields& fields, const std::string& name) const {
+        fields.emplace_back(name, json(median()));
+        fields.emplace_back(name + "_min", json(values.empty() ? std::nan("") : values.front()));
+        fields.emplace_back(name + "_max", json(values.empty() ? std::nan("") : values.back()));
+    }
+};
+
+struct Result {
+    int threads, batch, context;
+    Samples prefill_tps, prefill_share, decode_tps, decode_gbs, decode_share;
+};
+
+// What one pass over a model costs.
+struct Work {
+    std::vector<std::span<const std::byte>>
+        read;                                // by a token's decode: every matrix but the embedding, of which it takes a row
+    double layer_macs = 0, output_macs = 0;  // multiply-adds per token
+
+    explicit Work(const llama3::Weights& weights) {
+        const auto take = [&](const llama3::Matrix& m, double& macs) {
+            read.emplace_back(m.data, static_cast<std::size_t>(m.panels()) * m.panel_stride);
+            macs += static_cast<double>(m.rows) * m.columns;
+        };
+        for (const llama3::Layer& l : weights.layers)
+            for (const llama3::Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down})
+                take(*m, layer_macs);
+        take(weights.output, output_macs);
+    }
+};
+
+struct Bench {
+    llama3::Model model;
+    llama3::Options options;
+    std::string device, name, type;
+    int prompt, predict, repetitions;
+    limits::Machine machine;
+    limits::Memory memory;
+
+    const limits::Multiply& multiply() const {
+        if (type == "f32" || (type == "bf16" && machine.bf16.round == nullptr)) return machine.f32;
+        return type == "bf16" ? machine.bf16 : machine.int8;
+    }
+    std::vector<int> tokens(int count, int first) const {  // any cost the same; these are not all alike
+        std::vector<int> ids;
+        for (int i = first; i < first + count; ++i)
+            ids.push_back(static_cast<int>((i * 7919LL + 11) % model.config().vocab_size));
+        return ids;
+    }
+
+    void prefill(llama3::Session& session, const Work& work, Result& result) const {
+        session.rewind(0);
+        const std::vector<int> ids = tokens(prompt, 0);
+        const double before = multiply().rate(result.threads);
+        const double start = limits::seconds();
+        session.feed(ids);
+        const double time = limits::seconds() - start;
+        const double rate = (before + multiply().rate(result.threads)) / 2;
+        const double operations = 2 * (work.layer_macs * prompt + work.output_macs);
+        result.prefill_tps.add(prompt / time);
+        if (rate > 0 && device == "cpu") result.prefill_share.add(operations / time * 1e-9 / rate);
+    }
+
+    void decode(std::vector<llama3::Session>& sessions, Result& result, Samples& reads) const {
+        std::vector<llama3::Session*> pointers;
+        for (llama3::Session& session : sessions) {
+            session.rewind(0);
+            if (result.context > 0) session.feed(tokens(result.context, 0));
+            pointers.push_back(&session);
+        }
+        const double before = memory.rate(result.threads);
+        const double start = limits::seconds();
+        for (int i = 0; i < predict; ++i) {
+            const std::vector<int> next = tokens(result.batch, i);
+            if (result.batch == 1) sessions[0].feed(next);
+            else llama3::Session::feed_together(pointers, next);
+        }
+        const double time = limits::seconds() - start;
+        const double after = memory.rate(result.threads);
+        const double position_bytes =
+            static_cast<double>(options.device->cache_bytes(model.config(), options)) / options.context;
+        const double cache_bytes = result.batch * position_bytes * (result.context + predict / 2.0);
+        const double gbs = (static_cast<double>(memory.bytes()) + cache_bytes) * predict / time * 1e-9;
+        reads.add(before), reads.add(after);
+        result.decode_tps.add(static_cast<double>(predict) * result.batch / time);
+        result.decode_gbs.add(gbs);
+        if (device == "cpu") result.decode_share.add(2 * gbs / (before + after));
+    }
+
+    Result measure(const Work& work, int threads, int batch, int depth, Samples& reads) {
+        options.threads = threads;
+        options.context = std::max(prompt, depth + predict) + 1;
+        std::vector<llama3::Session> sessions;
+        for (int b = 0; b < batch; ++b) sessions.emplace_back(model, options);
+        Result result{threads, batch, depth, {}, {}, {}, {}, {}}, warm_up = result;
+        Samples ignored;
+        for (int r = 0; r <= repetitions; ++r) {
+            std::cerr << name << ' ' << type << ", " << threads << " threads, batch " << batch << ", context " << depth << ": "
+                      << (r == 0 ? "warming up" : std::to_string(r) + " of " + std::to_string(repetitions)) << '\n';
+            if (prompt > 0) prefill(sessions[0], work, r == 0 ? warm_up : result);
+            if (predict > 0) decode(sessions, r == 0 ? warm_up : result, r == 0 ? ignored : reads);
+        }
+        return result;
+    }
+};
+
+// Throws where the weights cannot fit, which is kinder than the system's way of saying so.
+void check_memory(const llama3::Config& c, llama3::Format type) {
+    const double values = c.n_layers * (2.0 * c.dim * (c.n_heads + c.n_kv_heads) * c.head_dim + 3.0 * c.dim * c.ffn_dim) +
+                          (c.tied_embedding ? 1.0 : 2.0) * c.vocab_size * c.dim;
+    const double needed =
+        values * static_cast<double>(llama3::unit_bytes(type)) / llama3::panel_rows / llama3::unit_columns(type);
+    const double memory = static_cast<double>(machine_memory());
+    if (memory > 0 && needed > 0.95 * memory)
+        fail(llama3::Code::memory, "--synthetic: too large for this machine (found " + gigabytes(memory) +
+                                       " of memory, expected " + gigabytes(needed) + "). Use a smaller model or --type.");
+}
+
+int main(int argc, char** argv) {
+    Args args("[-m M | --synthetic NAME --type q8] [flags]",
+              "Measures prefill and decode, and the limits of this machine: reading the weights and multiplying. Shares are of "
+              "these\n"
+              "limits: bytes that a decode reads (weights and the used part of the cache) of the read rate, matrix operations "
+              "of a prefill\n"
+              "(attention not counted) of the multiply rate for the weights' type. Medians of the repetitions.");
+    std::string model_path, synthetic, device_name = "cpu";
+    llama3::Options options;
+    llama3::Format type = llama3::Format::q8;
+    int prompt = 512, predict = 128, repetitions = 5;
+    std::vector<int> threads = {0}, batches = {1}, depths = {0};
+    bool as_json = false;
+    args.add("-m, --model M", model_path, "model, an .l3 file (the demo model)");
+    args.add("--synthetic NAME", synthetic,
+             "random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or llama-3.1-70b");
+    args.add("--type FORMAT", type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
+    args.add("-p, --n-prompt N", prompt, "tokens of a prefill, 0: none (512)", 0);
+    args.add("-n, --n-gen N", predict, "tokens of a decode, 0: none (128)", 0);
+    args.add("-d, --n-depth LIST", depths, "tokens in the cache before the decode (0)", 0);
+    args.add("--batch LIST", batches, "sequences decoded together (1)", 1);
+    args.add("-t, --threads LIST", threads, "CPU threads, 0: all (0)", 0);
+    args.add("-r, --repetitions N", repetitions, "repetitions (5)", 1);
+    args.add("--kv FORMAT", options.kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
+    args.add("--device D", device_name, "cpu, cuda or cuda:0,1 (cpu)");
+    args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", 1);
+    args.add("--json", as_json, "print one JSON object");
+    args.parse(argc, argv);
+    if (!model_path.empty() && !synthetic.empty()) args.wrong("-m", "one model at a time", "-m and --synthetic", "one of them");
+
+    return run([&] {
+        options.device = device(device_name);
+        if (!synthetic.empty()) check_memory(released(synthetic), type);
+        else if (model_path.empty()) model_path = demo_model();
+        const llama3::Model model =
+            synthetic.empty() ? llama3::Model::load(model_path) : llama3::Model::synthetic(released(synthetic), type);
+        options.context = 16;
+        const std::string description = options.device->open(model, options)->describe();
+        const std::string isa = description.substr(0, description.find_first_of(" ,:\n"));
+        const limits::Machine machine(isa);
+        const Work work(model.weights());
+        Bench bench{model,
+                    options,
+                    device_name,
+                    synthetic.empty() ? std::filesystem::path(model_path).stem().string() : synthetic,
+                    llama3::format_name(model.weights().layers.at(0).gate.format),
+                    prompt,
+                    predict,
+                    repetitions,
+                    machine,
+                    limits::Memory{work.read, machine.read}};
+
+        const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+        std::vector<Result> results;
+        Fields read_limit, int8_limit, bf16_limit, f32_limit;
+        for (int t : threads) {
+            if (t == 0) t = all;
+            bench.memory.tune(t);
+            Samples reads;
+            for (const int batch : batches)
+                for (const int depth : depths) results.push_back(bench.measure(work, t, batch, depth, reads));
+            if (predict == 0) reads.add(bench.memory.rate(t));
+            read_limit.emplace_back(std::to_string(t), rounded(reads.median()));
+            for (const auto& [limit, of] :
+                 {std::pair(&int8_limit, &machine.int8), {&bf16_limit, &machine.bf16}, {&f32_limit, &machine.f32}})
+                limit->emplace_back(std::to_string(t), of->round == nullptr ? "null" : rounded(of->rate(t)));
+        }
+
+        if (!as_json) {
+            std::cout << bench.name << ' ' << bench.type << ", " << description << '\n';
+            for (std::size_t i = 0; i < read_limit.size(); ++i)
+                std::cout << read_limit[i].first << " threads: read " << read_limit[i].second << " GB/s, int8 "
+                          << int8_limit[i].second << " Gop/s, bf16 " << bf16_limit[i].second << " GFLOP/s, f32 "
+                          << f32_limit[i].second << " GFLOP/s\n";
+            std::cout << "threads  batch  context  prefill tok/s  of peak  decode tok/s    GB/s  of read\n"
+                      << std::fixed << std::setprecision(2);
+            for (const Result& r : results)
+                std::cout << std::setw(7) << r.threads << std::setw(7) << r.batch << std::setw(9) << r.context << std::setw(15)
+                          << r.prefill_tps.median() << std::setw(9) << r.prefill_share.median() << std::setw(14)
+                          << r.decode_tps.median() << std::setw(8) << r.decode_gbs.median() << std::setw(9)
+                          << r.decode_share.median() << '\n';
+            return;
+        }
+        std::vector<std::string> list;
+        for (const Result& r : results) {
+            Fields fields = {
+                {"model", json_text(bench.name)}, {"type", json_text(bench.type)},  {"device", json_text(device_name)},
+                {"threads", json(r.threads)},     {"ranks", json(options.ranks)},   {"batch", json(r.batch)},
+                {"context", json(r.context)},     {"prefill_tokens", json(prompt)}, {"decode_tokens", json(predict)}};
+            r.prefill_tps.put(fields, "prefill_tps");
+            r.prefill_share.put(fields, "prefill_share");
+            r.decode_tps.put(fields, "decode_tps");
+            r.decode_gbs.put(fields, "decode_gbs");
+            r.decode_share.put(fields, "decode_share");
+            list.push_back(json_object(fields));
+        }
+        std::cout << json_object({{"machine", json_text(proc_value("/proc/cpuinfo", "model name") + ", " + std::to_string(all) +
+                                                        " threads")},
+                                  {"isa", json_text(isa)},
+                                  {"limits", json_object({{"read_gbs", json_object(read_limit)},
+                                                          {"int8_gops", json_object(int8_limit)},
+                                                          {"bf16_gflops", json_object(bf16_limit)},
+                                                          {"f32_gflops", json_object(f32_limit)}})},
+                                  {"results", json_list(list)}})
+                  << '\n';
+    });
+}

@@ -1,0 +1,146 @@
+// What the programs share beside the parser of their flags: finding the model, the flags of those that run it, JSON, errors.
+#ifndef LLAMA3_EXAMPLES_COMMON_HPP
+#define LLAMA3_EXAMPLES_COMMON_HPP
+
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <utility>
+
+#include "args.hpp"
+
+// Where the build says that things are; without a build system the demo model is found from the top of the source tree.
+#ifndef LLAMA3_SOURCE_DIR
+#define LLAMA3_SOURCE_DIR "."
+#endif
+#ifndef LLAMA3_DATA_DIR
+#define LLAMA3_DATA_DIR "/usr/local/share/llama3"
+#endif
+
+// Runs a program's body. Errors become one line on standard error and exit status 1.
+template <class Body>
+int run(const Body& body) {
+    std::string message;
+    try {
+        body();
+        if (std::cout.flush()) return 0;
+        message = "standard output: writing failed (found an error, expected room for the result). Check the disk or the pipe.";
+    } catch (const std::bad_alloc&) {
+        message = "memory: not enough for this (found none left, expected more). Use a smaller model, -c or --type.";
+    } catch (const std::exception& error) {
+        message = error.what();
+    }
+    std::replace(message.begin(), message.end(), '\n', ' ');
+    std::cerr << message << '\n';
+    return 1;
+}
+
+[[noreturn]] inline void fail(llama3::Code code, const std::string& message) { throw llama3::Error(code, message); }
+
+inline std::string read_file(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+    if (!file || file.bad() || std::filesystem::is_directory(path))
+        fail(llama3::Code::file, path + ": cannot be read (found nothing readable, expected a file). Check the path.");
+    return text;
+}
+
+// The demo model is looked for beside the program, then under the install prefix, then in the source tree.
+inline std::string demo_model() {
+    namespace fs = std::filesystem;
+    std::error_code ignored;
+    const fs::path program = fs::read_symlink("/proc/self/exe", ignored);
+    const fs::path places[] = {program.parent_path() / "demo.l3", program.parent_path() / "../share/llama3/demo.l3",
+                               LLAMA3_DATA_DIR "/demo.l3", LLAMA3_SOURCE_DIR "/examples/demo/demo.l3"};
+    std::string looked;
+    for (const fs::path& place : places) {
+        if (fs::exists(place, ignored)) return place.lexically_normal().string();
+        looked += (looked.empty() ? "" : ", ") + place.lexically_normal().string();
+    }
+    fail(llama3::Code::file,
+         "demo.l3: the demo model is missing (found nothing at " + looked + "; expected a file). Name a model with -m.");
+}
+
+inline std::shared_ptr<llama3::Device> device(const std::string& name) {
+    if (name == "cpu") return llama3::cpu();
+    std::vector<int> gpus = {0};
+    if (name != "cuda" && (name.rfind("cuda:", 0) != 0 || !parse_value(name.substr(5), gpus, 0).empty()))
+        fail(llama3::Code::device,
+             "--device: no such device (found " + json_text(name) + ", expected cpu, cuda or cuda:0,1). Use one of these.");
+#ifdef LLAMA3_CUDA
+    return llama3::cuda(gpus);
+#else
+    fail(llama3::Code::device,
+         "--device: this program was built without CUDA (found " + json_text(name) + ", expected cpu). Leave it out.");
+#endif
+}
+
+// The flags of every program that runs a model.
+struct ModelFlags {
+    std::string model, device_name = "cpu";
+    llama3::Options options;
+
+    explicit ModelFlags(Args& args, const std::string& usual_context = "the model's, at most 8192") {
+        args.add("-m, --model M", model, "model, an .l3 file (the demo model)");
+        args.add("-c, --ctx-size CTX", options.context, "positions in the context (" + usual_context + ")", 0);
+        args.add("-t, --threads N", options.threads, "CPU threads (all that this process may use)", 0);
+        args.add("--kv FORMAT", options.kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
+        args.add("--device D", device_name, "cpu, cuda or cuda:0,1 (cpu)");
+        args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", 1);
+    }
+    llama3::Model load() {
+        options.device = device(device_name);
+        return llama3::Model::load(model.empty() ? demo_model() : model);
+    }
+};
+
+inline void add_sampling_flags(Args& args, llama3::Sampling& sampling) {
+    args.add("--temp NUMBER", sampling.temperature, "temperature, 0: always the most likely token (0.6)", 0);
+    args.add("--top-k N", sampling.top_k, "only the N most likely tokens, 0: off (0)", 0);
+    args.add("--top-p NUMBER", sampling.top_p, "only the most likely tokens that make up this probability, 1: off (0.9)", 0);
+    args.add("--min-p NUMBER", sampling.min_p, "only tokens at least this share as likely as the best, 0: off (0)", 0);
+    args.add("--repeat-penalty NUMBER", sampling.repeat_penalty, "makes recent tokens less likely, 1: off (1)", 0);
+    args.add("-s, --seed SEED", sampling.seed, "seed: the same one gives the same text everywhere (1)", 0);
+}
+
+// JSON, written from the inside out: json_object({{"tokens", json_list(ids)}, {"text", json_text(text)}}).
+inline std::string json(const std::string& written) { return written; }
+template <class Number>
+requires std::is_arithmetic_v<Number> std::string json(Number value) {
+    if constexpr (std::is_same_v<Number, bool>) {
+        return value ? "true" : "false";
+    } else {
+        if constexpr (std::is_floating_point_v<Number>)
+            if (!std::isfinite(value)) return "null";
+        char buffer[64];
+        return std::string(buffer, std::to_chars(buffer, buffer + sizeof buffer, value).ptr);
+    }
+}
+template <class List>
+std::string json_list(const List& list) {
+    std::string out;
+    for (const auto& value : list) out += (out.empty() ? "" : ", ") + json(value);
+    return "[" + out + "]";
+}
+inline std::string json_object(const std::vector<std::pair<std::string, std::string>>& fields) {
+    std::string out;
+    for (const auto& [name, value] : fields) out += (out.empty() ? "" : ", ") + json_text(name) + ": " + value;
+    return "{" + out + "}";
+}
+
+// A line of the form `name<spaces>: value` in one of Linux's /proc files, for instance the size of the memory; empty elsewhere.
+inline std::string proc_value(const char* path, std::string_view name) {
+    std::ifstream file(path);
+    for (std::string line; std::getline(file, line);)
+        if (line.rfind(name, 0) == 0) return line.substr(std::min(line.size(), line.find_first_not_of(" \t:", name.size())));
+    return "";
+}
+inline std::string gigabytes(double bytes) {
+    const std::string text = std::to_string(bytes * 1e-9);
+    return text.substr(0, text.find('.') + 2) + " GB";
+}
+inline std::uint64_t machine_memory() {
+    return std::strtoull(proc_value("/proc/meminfo", "MemTotal").c_str(), nullptr, 10) * 1024;
+}
+
+#endif

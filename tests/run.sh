@@ -1,0 +1,143 @@
+#!/bin/sh
+# Runs the tests: sh tests/run.sh           everyday, at most 12 minutes on 2 cores
+#                 sh tests/run.sh --all     and under sanitizers, with every instruction set, fuzzing; at most 45 minutes
+# Installs what they need (Debian, Ubuntu), builds in build/, prints a line per check and at the end the number of test cases that
+# passed and failed. LLAMA3_TOKENIZER_MODEL names the real tokenizer.model of Llama 3 for the check that needs it.
+set -u
+cd "$(dirname "$0")/.."
+root=$PWD
+
+all=no
+case "${1-}" in
+    "") ;;
+    --all) all=yes ;;
+    -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;;
+    *) echo "$1: no such flag (found $1, expected --all). See sh tests/run.sh --help." >&2; exit 2 ;;
+esac
+
+# ── What is needed ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+compiles() { # a line of C++ and flags of a compiler: does it build?
+    line=$1
+    shift
+    printf '%s\n' "$line" | "$@" -x c++ - -o /dev/null >/dev/null 2>&1
+}
+missing() {
+    command -v g++ >/dev/null 2>&1 || printf ' g++'
+    command -v ninja >/dev/null 2>&1 || printf ' ninja-build'
+    command -v pkg-config >/dev/null 2>&1 || printf ' pkg-config'
+    compiles '#include <doctest/doctest.h>' g++ -c || printf ' doctest-dev'
+    compiles '#include <histedit.h>' g++ -c || printf ' libedit-dev'
+    python3 -c 'import venv, ensurepip' >/dev/null 2>&1 || printf ' python3 python3-venv'
+    [ $all = no ] && return
+    command -v clang++ >/dev/null 2>&1 || printf ' clang'
+    compiles 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' \
+        clang++ -fsanitize=fuzzer,address,undefined || printf ' libclang-rt-dev'
+}
+packages=$(missing)
+if [ -n "$packages" ]; then
+    if [ "$(id -u)" = 0 ]; then as_root=
+    elif command -v sudo >/dev/null 2>&1; then as_root=sudo
+    else as_root=none; fi
+    if [ "$as_root" = none ] || ! command -v apt-get >/dev/null 2>&1; then
+        echo "tests/run.sh: tools are missing (found none of:$packages). Install them (Debian, Ubuntu: apt-get install$packages)." >&2
+        exit 1
+    fi
+    echo "Installing$packages ..."
+    export DEBIAN_FRONTEND=noninteractive
+    $as_root apt-get update -q >/dev/null
+    if ! $as_root apt-get install -q -y --no-install-recommends $packages >/dev/null; then
+        # Before Debian 12 and Ubuntu 24.04 the sanitizers' package has a version in its name, or comes with clang.
+        packages=$(printf '%s' "$packages" | sed 's/ libclang-rt-dev//')
+        [ -z "$packages" ] || $as_root apt-get install -q -y --no-install-recommends $packages >/dev/null || exit 1
+    fi
+fi
+
+mkdir -p build/logs
+if ! cmp -s tests/requirements.txt build/venv/requirements.txt; then
+    echo "Installing Python packages in build/venv ..."
+    rm -rf build/venv
+    python3 -m venv build/venv && build/venv/bin/pip install -q --disable-pip-version-check -r tests/requirements.txt &&
+        cp tests/requirements.txt build/venv/ || { echo "tests/run.sh: the Python packages cannot be installed. See above." >&2; exit 1; }
+fi
+PATH=$root/build/venv/bin:$PATH
+export PATH
+
+# ── Checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+passed=0
+failed=0
+
+# check NAME COMMAND...: runs it with its output in build/logs/NAME.log, and adds the test cases that the log reports: doctest's and
+# unittest's, one for each of meson's tests that died without a report, and one for a command that reports none.
+check() {
+    name=$1
+    log=$root/build/logs/$(printf '%s' "$1" | tr ' ,' '__').log
+    shift
+    start=$(date +%s)
+    "$@" >"$log" 2>&1 </dev/null
+    status=$?
+    # Meson keeps the output of its tests in a file of its own.
+    testlog=$(sed -n 's/^Full log written to //p' "$log")
+    [ -z "$testlog" ] || cat "$testlog" >>"$log"
+    set -- $(awk '
+        /^\[doctest\] test cases:/ { gsub(/\|/, " "); for (i = 1; i < NF; i++) { if ($(i+1) == "passed") p += $i; if ($(i+1) == "failed") f += $i } seen = 1 }
+        /^Ran [0-9]+ tests? in/ { ran = $2; bad = 0; skipped = 0; seen = 1 }
+        /^(OK|FAILED)( \(.*\))?$/ && ran != "" {
+            line = $0
+            while (match(line, /(failures|errors|unexpected successes|skipped)=[0-9]+/)) {
+                part = substr(line, RSTART, RLENGTH); line = substr(line, RSTART + RLENGTH)
+                n = part; sub(/.*=/, "", n); if (part ~ /^skipped/) skipped += n; else bad += n
+            }
+            p += ran - bad - skipped; f += bad; ran = ""
+        }
+        END { print p + 0, f + 0 }' "$log")
+    good=$1
+    bad=$2
+    if [ $status -ne 0 ] && [ "$bad" = 0 ]; then bad=1; fi
+    if [ $status -eq 0 ] && [ "$good" = 0 ]; then good=1; fi
+    passed=$((passed + good))
+    failed=$((failed + bad))
+    if [ $status -eq 0 ]; then mark='ok    '; else mark='FAILED'; fi
+    printf '%s  %-28s %5d passed, %d failed  (%d s)\n' "$mark" "$name" "$good" "$bad" $(($(date +%s) - start))
+    [ $status -eq 0 ] || { sed 's/^/    /' "$log" | tail -60; echo "    ... all of it is in $log"; }
+    return $status
+}
+
+finish() {
+    if [ -z "${LLAMA3_TOKENIZER_MODEL-}" ]; then
+        echo "The check with the real tokenizer did not run: LLAMA3_TOKENIZER_MODEL is not set."
+    fi
+    echo "$passed passed, $failed failed"
+    [ "$failed" = 0 ]
+    exit
+}
+
+check build env CXX="${CXX:-g++}" sh -c '[ -f build/build.ninja ] || meson setup build -Dtests=enabled; ninja -C build' || finish
+check suite meson test -C build --no-rebuild
+
+if [ $all = yes ]; then
+    for isa in baseline avx2 avx_vnni avx512; do  # avx512_bf16, where it is, was taken above
+        if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
+            check "suite, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild --no-suite builds
+        fi
+    done
+
+    # The same under sanitizers, with the team of std::threads: OpenMP's threads are opaque to them.
+    export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+    check "build, sanitizers" env CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all sh -c '[ -f build/asan/build.ninja ] || meson setup \
+        build/asan -Dtests=enabled -Dopenmp=disabled -Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1; ninja -C build/asan' &&
+        check "suite, sanitizers" meson test -C build/asan --no-rebuild --no-suite builds --timeout-multiplier 5
+
+    for target in tests/fuzz/fuzz_*.cpp; do
+        name=$(basename "$target" .cpp)
+        check "build, $name" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread \
+            "$target" -o "build/$name" || continue
+        mkdir -p "build/corpus/$name"
+        seeds=tests/fuzz/corpus/${name#fuzz_}
+        [ -d "$seeds" ] || seeds=
+        check "$name, 20 s" "build/$name" -max_total_time=20 -rss_limit_mb=4096 -print_final_stats=1 \
+            -artifact_prefix=build/logs/ "build/corpus/$name" $seeds
+    done
+fi
+finish
