@@ -1,8 +1,8 @@
 // llama3.hpp: Llama 3, 3.1, 3.2 and 3.3 text models in one C++20 header. MIT licence, at the end of the file.
 //
-// What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AVX-512, AVX-VNNI,
-// AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else; with -fopenmp it
-// runs on OpenMP, without on a small team of std::threads. The models are .l3 files made by convert/convert.py.
+// What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AVX-512,
+// AVX-VNNI, AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
+// with -fopenmp it runs on OpenMP, without on a small team of std::threads. Models are .l3 files made by convert/convert.py.
 //
 // A whole program:
 //
@@ -79,9 +79,9 @@ namespace llama3 {
 
 // ═══ §1  Public API ════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// A Model is a loaded file: immutable, cheap to copy, shared by any number of threads. A Session is one sequence of tokens with its
-// key/value cache: it belongs to one thread at a time. A Chat is a Session that speaks the chat format. Everything that can fail
-// throws Error and leaves its object as it was before the call. The library never prints, exits or keeps global state.
+// A Model is a loaded file: immutable, cheap to copy, shared by any number of threads. A Session is one sequence of tokens with
+// its key/value cache: it belongs to one thread at a time. A Chat is a Session that speaks the chat format. Everything that can
+// fail throws Error and leaves its object as it was before the call. The library never prints, exits or keeps global state.
 
 struct Config;
 struct Weights;
@@ -90,14 +90,14 @@ class Backend;
 class KVCache;
 
 enum class Code {
-    argument,    // a value the caller passed is out of range
-    file,        // a file cannot be opened or read
-    format,      // a file is not what it should be: foreign, truncated, of another version, inconsistent
-    checksum,    // a file's bytes have changed since it was written
-    memory,      // not enough memory; nothing was kept
-    context,     // the tokens do not fit into the context
-    cancelled,   // Session::cancel() was called; the session is where it was before the call
-    device,      // a device or an instruction set is missing or failed
+    argument,   // a value the caller passed is out of range
+    file,       // a file cannot be opened or read
+    format,     // a file is not what it should be: foreign, truncated, of another version, inconsistent
+    checksum,   // a file's bytes have changed since it was written
+    memory,     // not enough memory; nothing was kept
+    context,    // the tokens do not fit into the context
+    cancelled,  // Session::cancel() was called; the session is where it was before the call
+    device,     // a device or an instruction set is missing or failed
 };
 
 // what() reads `where: what is wrong (found X, expected Y). What to do.`
@@ -112,7 +112,7 @@ private:
 
 // How values are stored, in weights and in the key/value cache (§8).
 enum class Format : std::uint32_t { f32 = 0, bf16 = 1, q8 = 2, q4 = 3 };
-const char* format_name(Format format);         // "f32", "bf16", "q8", "q4"
+const char* format_name(Format format);          // "f32", "bf16", "q8", "q4"
 Format format_from_name(std::string_view name);  // throws Error with the list of names
 
 // Text to token ids and back (§6). Immutable and thread-safe; references into its Model, whose lifetime it shares.
@@ -120,19 +120,21 @@ class Tokenizer {
 public:
     enum class Special { as_text, parse };  // is "<|eot_id|>" in a text seven ordinary tokens, or the special one?
 
-    // Ids of a UTF-8 text; adds nothing in front. Each maximal invalid part of the text counts as U+FFFD. Linear in the text's length.
+    // Ids of a UTF-8 text; adds nothing in front. Each maximal invalid part of the text counts as U+FFFD. Linear in the text's
+    // length.
     std::vector<int> encode(std::string_view text, Special special = Special::as_text) const;
-    // The bytes of the tokens, one after the other; special tokens appear by name. The result is UTF-8 if the tokens' bytes are.
+    // The bytes of the tokens, one after the other; special tokens appear by name. The result is UTF-8 if the tokens' bytes
+    // are.
     std::string decode(std::span<const int> ids) const;
 
-    std::string_view bytes(int id) const;          // what one token stands for; for a special token its name
+    std::string_view bytes(int id) const;  // what one token stands for; for a special token its name
     bool is_special(int id) const;
-    int special(std::string_view name) const;      // id of "<|eot_id|>" and the like; -1 where the model has none
-    int begin_token() const;                       // <|begin_of_text|>
-    bool is_end(int id) const;                     // does this token end an answer?
+    int special(std::string_view name) const;  // id of "<|eot_id|>" and the like; -1 where the model has none
+    int begin_token() const;                   // <|begin_of_text|>
+    bool is_end(int id) const;                 // does this token end an answer?
     std::span<const int> end_tokens() const;
-    int rank_count() const;                        // ordinary tokens: ids 0 to rank_count() - 1
-    int vocab_size() const;                        // V
+    int rank_count() const;  // ordinary tokens: ids 0 to rank_count() - 1
+    int vocab_size() const;  // V
 
     struct Impl;
     explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
@@ -143,8 +145,8 @@ private:
     std::shared_ptr<const Impl> impl_;
 };
 
-// Turns a stream of tokens into text that is always whole UTF-8 characters. Special tokens give no text, but end a character that is
-// cut before them. One thread at a time.
+// Turns a stream of tokens into text that is always whole UTF-8 characters. Special tokens give no text, but end a character
+// that is cut before them. One thread at a time.
 class TextStream {
 public:
     explicit TextStream(Tokenizer tokenizer) : tokenizer_(std::move(tokenizer)) {}
@@ -153,7 +155,7 @@ public:
 
 private:
     Tokenizer tokenizer_;
-    std::string pending_;      // an incomplete character, at most 3 bytes
+    std::string pending_;  // an incomplete character, at most 3 bytes
 };
 
 struct Options;
@@ -165,15 +167,15 @@ struct MemoryPlan {
 
 // A tensor of a model file, in the file's order. Dimensions 1: plain f32 values [columns]; 2: a matrix in panels (§2).
 struct TensorInfo {
-    std::string name;              // "layers.0.query", see convert/FORMAT.md
+    std::string name;  // "layers.0.query", see convert/FORMAT.md
     Format format = Format::f32;
     int dimensions = 0;
     int rows = 0;
     int columns = 0;
     int segments = 1;
-    std::uint64_t offset = 0;      // in the file or image
+    std::uint64_t offset = 0;  // in the file or image
     std::uint64_t bytes = 0;
-    std::uint64_t checksum = 0;    // BLAKE2b-64, as the file states it
+    std::uint64_t checksum = 0;  // BLAKE2b-64, as the file states it
 };
 
 class Model {
@@ -183,19 +185,21 @@ public:
         read,  // all of it is read into memory now; the file may then change or vanish
     };
     static Model load(const std::string& path, Loading loading = Loading::map);
-    // A model in memory, aligned to 64 bytes; it must stay there as long as owner (or, without one, any copy of the Model) lives.
+    // A model in memory, aligned to 64 bytes; it must stay there as long as owner (or, without one, any copy of the Model)
+    // lives.
     static Model from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner = nullptr);
-    // Random weights in the shape of config: for tests and benchmarks. Matrices in `format`, normalised so that activations stay small.
+    // Random weights in the shape of config: for tests and benchmarks. Matrices in `format`, normalised so that activations
+    // stay small.
     static Model synthetic(const Config& config, Format format, std::uint64_t seed = 1);
 
     const Config& config() const;
     const Tokenizer& tokenizer() const;
     const Weights& weights() const;
-    std::string describe() const;                       // a few lines for people
-    std::string provenance() const;                     // lines of `key: value`
-    std::vector<TensorInfo> tensors() const;            // as the file lists them
-    void verify() const;                                // all checksums; throws Error(checksum) naming the first tensor that differs
-    MemoryPlan plan(const Options& options) const;      // before anything is allocated
+    std::string describe() const;             // a few lines for people
+    std::string provenance() const;           // lines of `key: value`
+    std::vector<TensorInfo> tensors() const;  // as the file lists them
+    void verify() const;                      // all checksums; throws Error(checksum) naming the first tensor that differs
+    MemoryPlan plan(const Options& options) const;  // before anything is allocated
 
     struct Impl;
     explicit Model(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
@@ -211,13 +215,13 @@ std::shared_ptr<Device> cpu();                                     // this machi
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh, which must be linked in
 
 struct Options {
-    std::shared_ptr<Device> device;   // nullptr: cpu()
-    int context = 0;                  // positions in the cache; 0: the model's, at most 8192
-    Format kv = Format::bf16;         // format of the cache: f32, bf16 or q8
-    int threads = 0;                  // CPU threads; 0: as many as the machine gives this process
-    int ranks = 1;                    // devices that share each matrix (§13)
-    int chunk = 512;                  // tokens per step of a long prompt
-    std::string isa;                  // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
+    std::shared_ptr<Device> device;  // nullptr: cpu()
+    int context = 0;                 // positions in the cache; 0: the model's, at most 8192
+    Format kv = Format::bf16;        // format of the cache: f32, bf16 or q8
+    int threads = 0;                 // CPU threads; 0: as many as the machine gives this process
+    int ranks = 1;                   // devices that share each matrix (§13)
+    int chunk = 512;                 // tokens per step of a long prompt
+    std::string isa;                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
 // One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together.
@@ -228,23 +232,23 @@ public:
     Session(Session&&) noexcept;
     Session& operator=(Session&&) noexcept;
 
-    // Runs the tokens after those already there and returns the logits [V] that follow the last one, valid until the next call. No
-    // tokens: the logits that are there, or an error. A call that throws leaves the session as it was, its logits included.
+    // Runs the tokens after those already there and returns the logits [V] that follow the last one, valid until the next call.
+    // No tokens: the logits that are there, or an error. A call that throws leaves the session as it was, its logits included.
     std::span<const float> feed(std::span<const int> tokens);
     // The same, with the logits of every token: each(index of the token in `tokens`, logits [V]).
     void feed(std::span<const int> tokens, const std::function<void(int, std::span<const float>)>& each);
-    // One token for each of several sessions with one model and the same options (the context may differ), in one pass; then read
-    // each one's logits(). A cancel() that waits in one of them stops the call before it begins.
+    // One token for each of several sessions with one model and the same options (the context may differ), in one pass; then
+    // read each one's logits(). A cancel() that waits in one of them stops the call before it begins.
     static void feed_together(std::span<Session* const> sessions, std::span<const int> tokens);
 
-    std::span<const float> logits() const;    // of the last token fed, [V]; empty before the first
-    std::span<const int> tokens() const;      // all that are in the cache
-    int position() const;                     // their number
-    int context() const;                      // how many fit
+    std::span<const float> logits() const;  // of the last token fed, [V]; empty before the first
+    std::span<const int> tokens() const;    // all that are in the cache
+    int position() const;                   // their number
+    int context() const;                    // how many fit
     const Model& model() const;
-    void rewind(int position);                // forgets the tokens from `position` on; logits() is then empty
-    void cancel() noexcept;                   // from any thread: a running feed() stops within one stage with Error(cancelled)
-    bool cancelled() const noexcept;          // a cancel() is waiting for the next feed() or generate(), which consumes it
+    void rewind(int position);        // forgets the tokens from `position` on; logits() is then empty
+    void cancel() noexcept;           // from any thread: a running feed() stops within one stage with Error(cancelled)
+    bool cancelled() const noexcept;  // a cancel() is waiting for the next feed() or generate(), which consumes it
     void reset_cancel() noexcept;
 
     struct Impl;
@@ -257,11 +261,11 @@ private:
 // temperature, top-k, top-p (the nucleus of Meta's reference: the token that crosses the threshold stays), min-p.
 struct Sampling {
     float temperature = 0.6f;
-    float top_p = 0.9f;            // 1: off
-    float min_p = 0;               // keeps tokens at least this share as likely as the best; 0: off
-    int top_k = 0;                 // 0: off
-    float repeat_penalty = 1;      // 1: off; divides positive and multiplies negative logits of recent tokens
-    int repeat_last = 64;          // how many tokens are recent
+    float top_p = 0.9f;        // 1: off
+    float min_p = 0;           // keeps tokens at least this share as likely as the best; 0: off
+    int top_k = 0;             // 0: off
+    float repeat_penalty = 1;  // 1: off; divides positive and multiplies negative logits of recent tokens
+    int repeat_last = 64;      // how many tokens are recent
     std::uint64_t seed = 1;
 };
 
@@ -283,53 +287,59 @@ float log_probability(std::span<const float> logits, int token);  // natural log
 
 struct Generated {
     int token;
-    std::string_view text;     // the characters it completes
+    std::string_view text;          // the characters it completes
     std::span<const float> logits;  // the row it was drawn from, [V]
 };
 enum class Finish { end_token, length, context, cancelled, stopped };  // stopped: the callback returned false
 
 struct GenerateOptions {
-    int max_tokens = -1;       // -1: until the context is full
-    bool ignore_end = false;   // go on after end tokens
+    int max_tokens = -1;      // -1: until the context is full
+    bool ignore_end = false;  // go on after end tokens
 };
-// Feeds the prompt (none: goes on from the session's logits), then draws tokens until one of Finish. The callback sees each token
-// before it is fed, the end token too, which has no text. Every token that was drawn is fed, so the session continues where the text
-// ends; except the last one of a full context, and one that is on its way when the session is cancelled.
+// Feeds the prompt (none: goes on from the session's logits), then draws tokens until one of Finish. The callback sees each
+// token before it is fed, the end token too, which has no text. Every token that was drawn is fed, so the session continues
+// where the text ends; except the last one of a full context, and one that is on its way when the session is cancelled.
 Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler, const GenerateOptions& options,
                 const std::function<bool(const Generated&)>& on_token);
 
 enum class ChatFormat : std::uint32_t { none = 0, llama3 = 1, llama3_1 = 2, llama3_2 = 3 };
 
 struct Message {
-    std::string role;             // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython); letters, digits, _ - .
-    std::string content;          // white space at its ends is dropped in hf style and in the llama3 format, as in their originals;
-                                  // in hf style a tool's result becomes a JSON string
+    std::string role;     // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython); letters, digits, _ - .
+    std::string content;  // white space at its ends is dropped in hf style and in the llama3 format, as in their originals;
+                          // in hf style a tool's result becomes a JSON string
     bool python_tag = false;      // assistant: starts with <|python_tag|>, a call of a built-in tool or of the interpreter
     bool end_of_message = false;  // ends with <|eom_id|>: waits for a tool's result; else <|eot_id|>
 };
 
 struct ChatStyle {
     enum class Kind { reference, hf } kind = Kind::reference;  // Meta's code, or the templates of the Hugging Face releases
-    std::string date;                  // hf: "26 Jul 2024" unless given
-    std::vector<std::string> tools;    // hf: JSON of each tool exactly as it shall appear (indented by 4), shown in the first user message
+    std::string date;                                          // hf: "26 Jul 2024" unless given
+    std::vector<std::string>
+        tools;  // hf: JSON of each tool exactly as it shall appear (indented by 4), shown in the first user message
 };
-// Token ids of a conversation, begin-of-text in front, ending with the header of the assistant's answer if `answer`.
-// Roles and contents are ordinary text: nothing in them becomes a special token. Throws Error for a model without a chat format.
-std::vector<int> render_chat(const Model& model, std::span<const Message> messages, const ChatStyle& style = {}, bool answer = true);
+// Token ids of a conversation, begin-of-text in front, ending with the header of the assistant's answer if `answer`. Roles and
+// contents are ordinary text: nothing in them becomes a special token. Throws Error for a model without a chat format.
+std::vector<int> render_chat(const Model& model, std::span<const Message> messages, const ChatStyle& style = {},
+                             bool answer = true);
 
 struct ChatOptions {
-    std::string system;           // system message; empty: none
+    std::string system;  // system message; empty: none
     ChatStyle style;
-    int max_tokens = -1;          // per answer; -1: no limit but the context
-    enum class Overflow { error, restart } overflow = Overflow::restart;  // restart: keep the system message and the latest turns that fit
+    int max_tokens = -1;  // per answer; -1: no limit but the context
+    enum class Overflow {
+        error,
+        restart
+    } overflow = Overflow::restart;  // restart: keep the system message and the latest turns that fit
 };
 
-// A conversation. What is fed is always render_chat() of its messages; the cache is kept between turns, only what is new is computed.
+// A conversation. What is fed is always render_chat() of its messages; the cache is kept between turns, only what is new is
+// computed.
 class Chat {
 public:
     explicit Chat(Model model, const ChatOptions& chat = {}, const Sampling& sampling = {}, const Options& options = {});
-    // Adds the user's message, streams the answer (whole characters) and returns it. If the callback returns false or the session is
-    // cancelled, the answer ends there and the conversation goes on from it.
+    // Adds the user's message, streams the answer (whole characters) and returns it. If the callback returns false or the
+    // session is cancelled, the answer ends there and the conversation goes on from it.
     std::string say(std::string_view text, const std::function<bool(std::string_view)>& on_text = {});
     // The same with any message, for instance a tool's result: {"ipython", "{\"result\": 7}"}.
     std::string say(Message message, const std::function<bool(std::string_view)>& on_text = {});
@@ -338,7 +348,7 @@ public:
     Finish finish() const { return finish_; }   // how the last answer ended
     int restarts() const { return restarts_; }  // how often the context was full and older turns were dropped
     Session& session() { return session_; }
-    void clear();                               // a new conversation with the same system message
+    void clear();  // a new conversation with the same system message
 
 private:
     Session session_;
@@ -354,26 +364,26 @@ private:
 // The nouns of the forward pass. A new back end (kernels.cuh is one) needs this section and the next, no more.
 
 struct Config {
-    int n_layers = 0;              // L
-    int dim = 0;                   // D
-    int n_heads = 0;               // H
-    int n_kv_heads = 0;            // K, divides H: H / K query heads share a key/value head
-    int head_dim = 0;              // E, even
-    int ffn_dim = 0;               // F
-    int vocab_size = 0;            // V
-    int context_length = 0;        // that the model was made for
+    int n_layers = 0;        // L
+    int dim = 0;             // D
+    int n_heads = 0;         // H
+    int n_kv_heads = 0;      // K, divides H: H / K query heads share a key/value head
+    int head_dim = 0;        // E, even
+    int ffn_dim = 0;         // F
+    int vocab_size = 0;      // V
+    int context_length = 0;  // that the model was made for
     float norm_eps = 1e-5f;
     float rope_theta = 500000;
-    float rope_factor = 1;         // 1: no scaling; 8: Llama 3.1 and 3.3; 32: Llama 3.2
+    float rope_factor = 1;  // 1: no scaling; 8: Llama 3.1 and 3.3; 32: Llama 3.2
     float rope_low_freq_factor = 1;
     float rope_high_freq_factor = 1;
     int rope_original_context = 0;
     ChatFormat chat_format = ChatFormat::none;
-    bool tied_embedding = false;   // the output matrix is the embedding table
+    bool tied_embedding = false;  // the output matrix is the embedding table
     int attention_out_segments = 1;
     int down_segments = 1;
     int begin_token = 0;
-    std::vector<int> end_tokens;   // at most 8
+    std::vector<int> end_tokens;  // at most 8
 };
 
 // Formats: X(name, columns per unit, bytes per unit of a panel). See convert/FORMAT.md, section 5.
@@ -383,18 +393,18 @@ struct Config {
     X(q8, 64, 1088)       \
     X(q4, 64, 576)
 
-inline constexpr int panel_rows = 16;            // output rows per panel: one lane each
-inline constexpr int block_columns = 32;         // q8, q4: columns that share a scale
-inline constexpr int attention_segment = 512;    // positions per softmax segment
-inline constexpr int max_segments = 8;           // of attention_out and down
+inline constexpr int panel_rows = 16;          // output rows per panel: one lane each
+inline constexpr int block_columns = 32;       // q8, q4: columns that share a scale
+inline constexpr int attention_segment = 512;  // positions per softmax segment
+inline constexpr int max_segments = 8;         // of attention_out and down
 
 constexpr int unit_columns(Format format) {
-#define LLAMA3_X(name, columns, bytes) format == Format::name ? columns :
+#define LLAMA3_X(name, columns, bytes) format == Format::name ? columns:
     return LLAMA3_FORMATS(LLAMA3_X) 0;
 #undef LLAMA3_X
 }
 constexpr std::size_t unit_bytes(Format format) {
-#define LLAMA3_X(name, columns, bytes) format == Format::name ? bytes :
+#define LLAMA3_X(name, columns, bytes) format == Format::name ? bytes:
     return LLAMA3_FORMATS(LLAMA3_X) 0;
 #undef LLAMA3_X
 }
@@ -416,8 +426,8 @@ struct Matrix {
     const std::byte* data = nullptr;  // first unit of the first panel
     int rows = 0;
     int columns = 0;
-    int segments = 1;                 // equal parts of the columns, summed by a fixed tree
-    std::size_t panel_stride = 0;     // bytes from panel to panel
+    int segments = 1;              // equal parts of the columns, summed by a fixed tree
+    std::size_t panel_stride = 0;  // bytes from panel to panel
     int panels() const { return (rows + panel_rows - 1) / panel_rows; }
     int units() const { return (columns + unit_columns(format) - 1) / unit_columns(format); }
     const std::byte* panel(int i) const { return data + static_cast<std::size_t>(i) * panel_stride; }
@@ -437,14 +447,14 @@ struct Layer {
 };
 
 struct Weights {
-    Matrix embedding;                       // [V, D]
-    std::vector<Layer> layers;              // L
-    const float* final_norm = nullptr;      // [D]
-    Matrix output;                          // [V, D]; the embedding again if tied
+    Matrix embedding;                   // [V, D]
+    std::vector<Layer> layers;          // L
+    const float* final_norm = nullptr;  // [D]
+    Matrix output;                      // [V, D]; the embedding again if tied
 };
 
-// Keys and values of one sequence, in the memory of the back end that made it. Positions 0 to capacity() - 1; which of them hold
-// tokens is the Session's affair. The rows of a batch that share a cache must have increasing positions.
+// Keys and values of one sequence, in the memory of the back end that made it. Positions 0 to capacity() - 1; which of them
+// hold tokens is the Session's affair. The rows of a batch that share a cache must have increasing positions.
 class KVCache {
 public:
     virtual ~KVCache() = default;
@@ -513,8 +523,8 @@ public:
     virtual ~Backend() = default;
     virtual std::unique_ptr<KVCache> make_cache() = 0;
     virtual int max_rows() const = 0;  // the largest batch that step() takes
-    // Runs forward() over the batch. Afterwards logits(i) is the row of the i-th token that wanted logits, in host memory, until the
-    // next step. Returns false if *cancel became true meanwhile (the caches' new positions are then undefined).
+    // Runs forward() over the batch. Afterwards logits(i) is the row of the i-th token that wanted logits, in host memory,
+    // until the next step. Returns false if *cancel became true meanwhile (the caches' new positions are then undefined).
     virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
     virtual std::span<const float> logits(int i) const = 0;
     virtual std::string describe() const = 0;  // instruction set or device, threads, memory
@@ -638,7 +648,7 @@ inline float fma(float a, float b, float c) {
 inline float exp(float x) {
     constexpr float log2_e = 1.44269504088896341f;
     constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
-    constexpr float round = 12582912.0f;                                  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr float round = 12582912.0f;                                 // 1.5 * 2^23: adding it rounds to an integer
     if (!(x <= 88.72f)) return x == x ? std::numeric_limits<float>::infinity() : x;
     if (x < -87.33f) return 0;
     const float n = fma(x, log2_e, round) - round;
@@ -686,8 +696,8 @@ inline double exp64(double x) {
     return series * std::bit_cast<double>(static_cast<std::uint64_t>(1023 + static_cast<long long>(n)) << 52);
 }
 
-// cos and sin of an angle up to 2^17 or so, in double: quarter turns are taken off in two parts (the first has 33 bits, so that its
-// product with their number is exact), then Taylor's series on [-π/4, π/4].
+// cos and sin of an angle up to 2^17 or so, in double: quarter turns are taken off in two parts (the first has 33 bits, so that
+// its product with their number is exact), then Taylor's series on [-π/4, π/4].
 inline void cos_sin(double angle, double& cosine, double& sine) {
     const double n = static_cast<double>(static_cast<long long>(angle * 0.63661977236758134 + (angle < 0 ? -0.5 : 0.5)));
     const double r = (angle - n * 1.57079632673412561417) - n * 6.07710050650619224932e-11;
@@ -790,25 +800,28 @@ std::span<const std::uint32_t> unicode_classes();  // runs of code points, ascen
 
 // ═══ §4  The forward pass ══════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// "The Llama 3 Herd of Models" (Meta, 2024), section 3.2: a pre-norm transformer with grouped-query attention and SwiGLU. One text
-// for prefill, decode, several sequences at once, every device and every rank. What a line means is in §3, how it is computed in
-// §5 (plainly) and §12 (fast). Weights and activations are of one rank; ranks meet inside project_out, down and logits.
+// "The Llama 3 Herd of Models" (Meta, 2024), section 3.2: a pre-norm transformer with grouped-query attention and SwiGLU. One
+// text for prefill, decode, several sequences at once, every device and every rank. What a line means is in §3, how it is
+// computed in §5 (plainly) and §12 (fast). Weights and activations are of one rank; ranks meet inside project_out, down and
+// logits.
 
 namespace llama3 {
 
+// clang-format off
 void forward(Stages& stages, const Weights& weights, const Activations& a, const Batch& batch) {
-    stages.embed(a.x, weights.embedding, batch);                 // x = table[token]                     [T, D]
+    stages.embed(a.x, weights.embedding, batch);             // x = table[token]                      [T, D]
     for (const Layer& layer : weights.layers) {
-        // x = x + W_o Attention(RoPE(W_q h), RoPE(W_k h), W_v h),   h = RMSNorm(x)
-        stages.project_qkv(a.query, a.x, layer, batch);          // keys and values go to the caches     [T, H*E]
-        stages.attend(a.mixed, a.query, layer, batch);           //                                      [T, H*E]
-        stages.project_out(a.x, a.mixed, layer);                 //                                      [T, D]
-        // x = x + W_down (SiLU(W_gate h) ⊙ (W_up h)),               h = RMSNorm(x)
-        stages.gate_up(a.hidden, a.x, layer);                    //                                      [T, F]
-        stages.down(a.x, a.hidden, layer);                       //                                      [T, D]
+        // x = x + W_o Attention(RoPE(W_q h), RoPE(W_k h), W_v h),    h = RMSNorm(x)
+        stages.project_qkv(a.query, a.x, layer, batch);      // keys and values go to the caches      [T, H*E]
+        stages.attend(a.mixed, a.query, layer, batch);       // softmax(query keysᵀ / √E) values      [T, H*E]
+        stages.project_out(a.x, a.mixed, layer);             //                                       [T, D]
+        // x = x + W_down (SiLU(W_gate h) ⊙ (W_up h)),                h = RMSNorm(x)
+        stages.gate_up(a.hidden, a.x, layer);                //                                       [T, F]
+        stages.down(a.x, a.hidden, layer);                   //                                       [T, D]
     }
-    stages.logits(a.logits, a.x, weights, batch);                // W_out RMSNorm(x)                     [rows, V]
+    stages.logits(a.logits, a.x, weights, batch);            // W_out RMSNorm(x)                      [rows, V]
 }
+// clang-format on
 
 }  // namespace llama3
 
@@ -827,15 +840,16 @@ namespace llama3 {
 namespace detail {
 
 // Of §8, which says how values are stored:
-float decode_weight(const Matrix& w, int row, int column);               // W[row, column]
-void decode_row(const Matrix& w, int row, float* out);                   // W[row, :], with the columns that fill up the last unit
+float decode_weight(const Matrix& w, int row, int column);  // W[row, column]
+void decode_row(const Matrix& w, int row, float* out);      // W[row, :], with the columns that fill up the last unit
 float round_to_bf16(float x);
-float quantise_group(const float* x, std::int8_t* bytes);                // 32 activations -> bytes and their scale
-int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes, float& w_scale);  // q8, q4: one exact product of 32
+float quantise_group(const float* x, std::int8_t* bytes);  // 32 activations -> bytes and their scale
+int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes,
+              float& w_scale);                                                 // q8, q4: one exact product of 32
 void round_trip_channels(Format format, float* to, const float* from, int n);  // what a cache gives back of up to 32 channels
 void check_ranks(const Config& config, int ranks, int available);              // §13
 
-// out = x / sqrt(mean(x²) + ε) ⊙ weight                  [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
+// out = x / sqrt(mean(x²) + ε) ⊙ weight       [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
 void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
     float lanes[16] = {};
     for (int i = 0; i < n; ++i) lanes[i % 16] = fma(x[i], x[i], lanes[i % 16]);
@@ -843,8 +857,9 @@ void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) 
     for (int i = 0; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
-// Turns of the RoPE pairs per position, θ'[i] for i < E/2. θ[i] = theta^(-2i/E) (Su et al., "RoFormer", 2021). Llama 3.1 stretches
-// long wavelengths by `factor`, keeps short ones, and blends in between, so that positions beyond the original context look familiar.
+// Turns of the RoPE pairs per position, θ'[i] for i < E/2. θ[i] = theta^(-2i/E) (Su et al., "RoFormer", 2021). Llama 3.1
+// stretches long wavelengths by `factor`, keeps short ones, and blends in between, so that positions beyond the original
+// context look familiar.
 std::vector<float> rope_frequencies(const Config& config) {
     const FloatEnvironment environment;
     std::vector<float> frequencies(static_cast<std::size_t>(config.head_dim / 2));
@@ -853,7 +868,8 @@ std::vector<float> rope_frequencies(const Config& config) {
         const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
         float frequency = 1 / static_cast<float>(exp64(exponent * log_theta));
         if (config.rope_factor != 1) {
-            const float wavelength = 6.28318530717958648f / frequency, context = static_cast<float>(config.rope_original_context);
+            const float wavelength = 6.28318530717958648f / frequency,
+                        context = static_cast<float>(config.rope_original_context);
             const float low = config.rope_low_freq_factor, high = config.rope_high_freq_factor;
             if (wavelength > context / low) frequency = frequency / config.rope_factor;
             else if (wavelength >= context / high) {
@@ -922,7 +938,8 @@ class ReferenceCache final : public KVCache {
 public:
     ReferenceCache(const Config& config, int capacity, Format format)
         : config_(config), capacity_(capacity), format_(format),
-          keys_(static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(capacity) * static_cast<std::size_t>(config.n_kv_heads * config.head_dim)),
+          keys_(static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(capacity) *
+                static_cast<std::size_t>(config.n_kv_heads * config.head_dim)),
           values_(keys_.size()) {}
     int capacity() const override { return capacity_; }
     void store(int layer, int position, int head, const float* key, const float* value) {
@@ -934,8 +951,10 @@ public:
 
 private:
     std::size_t offset(int layer, int position, int head) const {
-        const std::size_t row = static_cast<std::size_t>(layer) * static_cast<std::size_t>(capacity_) + static_cast<std::size_t>(position);
-        return (row * static_cast<std::size_t>(config_.n_kv_heads) + static_cast<std::size_t>(head)) * static_cast<std::size_t>(config_.head_dim);
+        const std::size_t row =
+            static_cast<std::size_t>(layer) * static_cast<std::size_t>(capacity_) + static_cast<std::size_t>(position);
+        return (row * static_cast<std::size_t>(config_.n_kv_heads) + static_cast<std::size_t>(head)) *
+               static_cast<std::size_t>(config_.head_dim);
     }
     void round_trip(float* to, const float* from) const {
         for (int e = 0; e < config_.head_dim; e += block_columns)
@@ -949,7 +968,8 @@ private:
 };
 
 // softmax(q · keysᵀ / √E) values over positions 0 to n - 1, for one query head                      out, query: [E]
-void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n, int head_dim) {
+void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n,
+                      int head_dim) {
     const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
     const std::size_t width = static_cast<std::size_t>(head_dim);
     std::vector<float> scores(attention_segment), mix(width);
@@ -1002,11 +1022,16 @@ public:
     ReferenceBackend(Model model, const Options& options)
         : model_(std::move(model)), config_(model_.config()), options_(options), rows_(std::min(options.chunk, 64)),
           frequencies_(rope_frequencies(config_)), x_(rows_, config_.dim), query_(rows_, config_.n_heads * config_.head_dim),
-          mixed_(rows_, config_.n_heads * config_.head_dim), hidden_(rows_, config_.ffn_dim), logits_(rows_, config_.vocab_size) {}
+          mixed_(rows_, config_.n_heads * config_.head_dim), hidden_(rows_, config_.ffn_dim),
+          logits_(rows_, config_.vocab_size) {}
 
-    std::unique_ptr<KVCache> make_cache() override { return std::make_unique<ReferenceCache>(config_, options_.context, options_.kv); }
+    std::unique_ptr<KVCache> make_cache() override {
+        return std::make_unique<ReferenceCache>(config_, options_.context, options_.kv);
+    }
     int max_rows() const override { return rows_; }
-    std::span<const float> logits(int i) const override { return {logits_.tensor.row(i), static_cast<std::size_t>(config_.vocab_size)}; }
+    std::span<const float> logits(int i) const override {
+        return {logits_.tensor.row(i), static_cast<std::size_t>(config_.vocab_size)};
+    }
     std::string describe() const override { return "reference loops, one thread"; }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
         const FloatEnvironment environment;
@@ -1015,14 +1040,14 @@ public:
     }
 
     void embed(Tensor x, const Matrix& table, const Batch& batch) override {
-        for (int t = 0; t < batch.size(); ++t)
-            decode_row(table, batch.rows[static_cast<std::size_t>(t)].token, x.row(t));
+        for (int t = 0; t < batch.size(); ++t) decode_row(table, batch.rows[static_cast<std::size_t>(t)].token, x.row(t));
         n_tokens_ = batch.size();
     }
 
     void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) override {
         const int head_dim = config_.head_dim;
-        std::vector<float> h(x.stride), key(static_cast<std::size_t>(layer.key.rows)), value(key.size()), turns(static_cast<std::size_t>(head_dim));
+        std::vector<float> h(x.stride), key(static_cast<std::size_t>(layer.key.rows)), value(key.size()),
+            turns(static_cast<std::size_t>(head_dim));
         for (int t = 0; t < n_tokens_; ++t) {
             const Row& row = batch.rows[static_cast<std::size_t>(t)];
             rmsnorm(h.data(), x.row(t), layer.attention_norm, config_.dim, config_.norm_eps);
@@ -1033,7 +1058,8 @@ public:
             for (int head = 0; head < config_.n_heads; ++head) rope(query.row(t) + head * head_dim, turns.data(), head_dim);
             for (int head = 0; head < config_.n_kv_heads; ++head) {
                 rope(key.data() + head * head_dim, turns.data(), head_dim);
-                static_cast<ReferenceCache*>(row.cache)->store(layer.index, row.position, head, key.data() + head * head_dim, value.data() + head * head_dim);
+                static_cast<ReferenceCache*>(row.cache)->store(layer.index, row.position, head, key.data() + head * head_dim,
+                                                               value.data() + head * head_dim);
             }
         }
     }
@@ -1044,7 +1070,8 @@ public:
             for (int head = 0; head < config_.n_heads; ++head) {
                 const Row& row = batch.rows[static_cast<std::size_t>(t)];
                 attend_reference(mixed.row(t) + head * config_.head_dim, query.row(t) + head * config_.head_dim,
-                                 *static_cast<ReferenceCache*>(row.cache), layer.index, head / shared, row.position + 1, config_.head_dim);
+                                 *static_cast<ReferenceCache*>(row.cache), layer.index, head / shared, row.position + 1,
+                                 config_.head_dim);
             }
     }
 
@@ -1056,7 +1083,8 @@ public:
             rmsnorm(h.data(), x.row(t), layer.ffn_norm, config_.dim, config_.norm_eps);
             linear(hidden.row(t), layer.gate, h.data());
             linear(up.data(), layer.up, h.data());
-            for (int i = 0; i < config_.ffn_dim; ++i) hidden.row(t)[i] = silu(hidden.row(t)[i]) * up[static_cast<std::size_t>(i)];
+            for (int i = 0; i < config_.ffn_dim; ++i)
+                hidden.row(t)[i] = silu(hidden.row(t)[i]) * up[static_cast<std::size_t>(i)];
         }
     }
 
@@ -1096,7 +1124,8 @@ public:
         return std::make_unique<ReferenceBackend>(model, options);
     }
     std::uint64_t cache_bytes(const Config& c, const Options& options) const override {
-        return 8ull * static_cast<std::uint64_t>(c.n_layers) * static_cast<std::uint64_t>(options.context) * static_cast<std::uint64_t>(c.n_kv_heads * c.head_dim);
+        return 8ull * static_cast<std::uint64_t>(c.n_layers) * static_cast<std::uint64_t>(options.context) *
+               static_cast<std::uint64_t>(c.n_kv_heads * c.head_dim);
     }
     std::uint64_t activations_bytes(const Config& c, const Options& options) const override {
         return 4ull * static_cast<std::uint64_t>(std::min(options.chunk, 64)) *
@@ -1285,19 +1314,19 @@ struct Tokenizer::Impl {
         std::uint32_t rank = detail::no_rank;
         std::uint32_t tag = 0;  // other bits of the hash than those that chose the slot
     };
-    std::span<const std::uint32_t> starts;       // [N+1] where each token's bytes start
+    std::span<const std::uint32_t> starts;  // [N+1] where each token's bytes start
     std::string_view rank_bytes;
-    std::span<const std::uint32_t> special_ids;  // [M] ascending
-    std::vector<std::string_view> special_names; // [M] in the order of special_ids
-    std::vector<std::uint32_t> by_name;          // [M] indexes into both, in order of the names
-    std::array<bool, 256> begins_special{};      // by the first byte of a name
+    std::span<const std::uint32_t> special_ids;   // [M] ascending
+    std::vector<std::string_view> special_names;  // [M] in the order of special_ids
+    std::vector<std::uint32_t> by_name;           // [M] indexes into both, in order of the names
+    std::array<bool, 256> begins_special{};       // by the first byte of a name
     std::array<std::uint32_t, 256> byte_rank{};
-    std::vector<Slot> slots;                     // a power of two of them, at most half full; linear probing
-    std::size_t longest = 0;                     // bytes of the longest token
+    std::vector<Slot> slots;  // a power of two of them, at most half full; linear probing
+    std::size_t longest = 0;  // bytes of the longest token
     int vocab_size = 0;
     int begin_token = 0;
     std::vector<int> end_tokens;
-    std::shared_ptr<const void> owner;           // of the memory behind the views
+    std::shared_ptr<const void> owner;  // of the memory behind the views
 
     int rank_count() const { return static_cast<int>(starts.size()) - 1; }
     std::string_view token(std::size_t rank) const { return rank_bytes.substr(starts[rank], starts[rank + 1] - starts[rank]); }
@@ -1324,7 +1353,7 @@ struct Tokenizer::Impl {
         auto low = by_name.begin(), high = by_name.end();  // the names that begin like the text
         int found = -1;
         for (std::size_t i = 0; i < text.size() && low != high; ++i) {
-            if (special_names[*low].size() == i) ++low;    // a name that ends here sorts first, and was noted
+            if (special_names[*low].size() == i) ++low;  // a name that ends here sorts first, and was noted
             const auto c = static_cast<unsigned char>(text[i]);
             const auto letter = [&](std::uint32_t name) { return static_cast<unsigned char>(special_names[name][i]); };
             low = std::partition_point(low, high, [&](std::uint32_t name) { return letter(name) < c; });
@@ -1336,8 +1365,10 @@ struct Tokenizer::Impl {
 
     void check(const char* where, int id) const {
         if (id < 0 || id >= vocab_size)
-            detail::fail(Code::argument, where, "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
-                         std::to_string(vocab_size - 1) + ")", "Use ids of this model's vocabulary");
+            detail::fail(Code::argument, where,
+                         "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
+                             std::to_string(vocab_size - 1) + ")",
+                         "Use ids of this model's vocabulary");
     }
 
     std::string_view bytes(int id) const {
@@ -1350,9 +1381,9 @@ struct Tokenizer::Impl {
     struct Part {
         std::uint32_t previous, next;  // a part is named by where it begins
         std::uint32_t token;
-        std::uint32_t pair;            // rank of this part and the next as one
+        std::uint32_t pair;  // rank of this part and the next as one
     };
-    struct Scratch {                   // kept from piece to piece, to save allocations
+    struct Scratch {  // kept from piece to piece, to save allocations
         std::vector<Part> parts;
         std::vector<std::uint64_t> heap;  // rank << 32 | part; an entry may outlive its pair
     };
@@ -1406,10 +1437,11 @@ namespace detail {
 
 // Views of a file's tokenizer section (convert/FORMAT.md, section 3), whose memory `owner` keeps alive. §14 has checked the
 // numbers (starts and ids ascend, within their bounds); here the tokens themselves are checked. `where` names the file.
-std::shared_ptr<const Tokenizer::Impl> make_tokenizer(
-    std::span<const std::uint32_t> rank_starts, std::string_view rank_bytes, std::span<const std::uint32_t> special_ids,
-    std::span<const std::uint32_t> name_starts, std::string_view name_bytes, int vocab_size, int begin_token,
-    std::vector<int> end_tokens, std::shared_ptr<const void> owner, const std::string& where) {
+std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint32_t> rank_starts, std::string_view rank_bytes,
+                                                      std::span<const std::uint32_t> special_ids,
+                                                      std::span<const std::uint32_t> name_starts, std::string_view name_bytes,
+                                                      int vocab_size, int begin_token, std::vector<int> end_tokens,
+                                                      std::shared_ptr<const void> owner, const std::string& where) {
     const auto refuse = [&](const std::string& what) { fail(Code::format, where, what, "Convert the model again"); };
     const std::size_t n = rank_starts.size() - 1, m = special_ids.size();
     auto impl = std::make_shared<Tokenizer::Impl>();
@@ -1468,8 +1500,9 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(
 
 std::vector<int> Tokenizer::encode(std::string_view text, Special special) const {
     if (text.size() > 0x7FFFFFFFu)
-        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long (found " + std::to_string(text.size()) +
-                     " bytes, expected less than 2 GiB)", "Encode it in parts");
+        detail::fail(Code::argument, "Tokenizer::encode",
+                     "the text is too long (found " + std::to_string(text.size()) + " bytes, expected less than 2 GiB)",
+                     "Encode it in parts");
     std::string repaired;
     if (!detail::is_utf8(text)) {
         if (detail::append_repaired(repaired, text) < text.size()) repaired += detail::replacement;
@@ -1559,10 +1592,10 @@ struct Session::Impl {
     std::shared_ptr<Device> device;  // the backend, and what it made, end before it
     std::unique_ptr<Backend> backend{};
     std::unique_ptr<KVCache> cache{};
-    std::vector<int> tokens{};       // those in the cache; has room for all, so that adding them cannot fail
-    std::vector<float> logits{};     // [V] of the last token, where has_logits
+    std::vector<int> tokens{};    // those in the cache; has room for all, so that adding them cannot fail
+    std::vector<float> logits{};  // [V] of the last token, where has_logits
     bool has_logits = false;
-    bool busy = false;               // a feed() is running
+    bool busy = false;  // a feed() is running
     std::atomic<bool> cancel{false};
 };
 
@@ -1580,8 +1613,10 @@ Options checked_options(const Config& config, Options options) {
     check_range("Options::context", options.context, options.context >= 0 && options.context <= most,
                 "1 to " + std::to_string(most) + ", the model's, or 0 for that or 8192");
     if (options.kv != Format::f32 && options.kv != Format::bf16 && options.kv != Format::q8)
-        fail(Code::argument, "Options::kv", std::string("the cache cannot have this format (found ") +
-             (options.kv == Format::q4 ? "q4" : "another number") + ", expected f32, bf16 or q8)", "Choose one of these");
+        fail(Code::argument, "Options::kv",
+             std::string("the cache cannot have this format (found ") + (options.kv == Format::q4 ? "q4" : "another number") +
+                 ", expected f32, bf16 or q8)",
+             "Choose one of these");
     check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
     check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
     check_range("Options::chunk", options.chunk, options.chunk >= 1, "1 or more");
@@ -1619,13 +1654,17 @@ void check_tokens(const Session::Impl& session, std::span<const int> tokens, con
     const int vocabulary = session.model.config().vocab_size;
     for (const int id : tokens)
         if (id < 0 || id >= vocabulary)
-            fail(Code::argument, where, "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
-                 std::to_string(vocabulary - 1) + ")", "Encode the text with this model's tokenizer");
+            fail(Code::argument, where,
+                 "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
+                     std::to_string(vocabulary - 1) + ")",
+                 "Encode the text with this model's tokenizer");
     const std::size_t room = static_cast<std::size_t>(session.options.context) - session.tokens.size();
     if (tokens.size() > room)
-        fail(Code::context, where, "the tokens do not fit into the context of " + std::to_string(session.options.context) +
-             " (found " + std::to_string(tokens.size()) + " after " + std::to_string(session.tokens.size()) +
-             ", expected at most " + std::to_string(room) + ")", "Feed fewer, rewind(), or set a larger Options::context");
+        fail(Code::context, where,
+             "the tokens do not fit into the context of " + std::to_string(session.options.context) + " (found " +
+                 std::to_string(tokens.size()) + " after " + std::to_string(session.tokens.size()) + ", expected at most " +
+                 std::to_string(room) + ")",
+             "Feed fewer, rewind(), or set a larger Options::context");
 }
 
 [[noreturn]] void fail_cancelled(Session::Impl& session, const char* where) {
@@ -1781,7 +1820,7 @@ float largest(std::span<const float> logits, const char* where) {
 float relative_probability(float logit, float best, float temperature) {
     if (logit == best) return 1;
     const double x = static_cast<double>((logit - best) / temperature);
-    if (!(x > -87.0)) return 0;  // NaN as well
+    if (!(x > -87.0)) return 0;                                              // NaN as well
     const auto n = static_cast<std::int64_t>(x * 1.4426950408889634 - 0.5);  // x = n ln 2 + r, then Taylor's series to r^7
     const double r = x - static_cast<double>(n) * 0.6931471805599453;
     double series = 1.0 / 5040;
@@ -2008,9 +2047,11 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
     std::string tools;  // shown in front of the first user's text
     for (const std::string& tool : style.tools) tools += tool + "\n\n";
     if (!tools.empty())
-        tools = "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
-                "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
-                "of argument name and its value}.Do not use variables.\n\n" + tools;
+        tools =
+            "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
+            "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
+            "of argument name and its value}.Do not use variables.\n\n" +
+            tools;
     for (; i < messages.size(); ++i) {
         const Message& m = messages[i];
         const bool result = m.role == "ipython" || m.role == "tool";
@@ -2090,8 +2131,9 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
         }
     }
     if (prompt.size() >= context)
-        detail::fail(Code::context, "Chat::say", "the conversation does not fit into the context (found " +
-                     std::to_string(prompt.size()) + " tokens, expected at most " + std::to_string(context - 1) + ")",
+        detail::fail(Code::context, "Chat::say",
+                     "the conversation does not fit into the context (found " + std::to_string(prompt.size()) +
+                         " tokens, expected at most " + std::to_string(context - 1) + ")",
                      "Shorten the message, or set a larger Options::context");
 
     const auto cached = session_.tokens();
@@ -2122,9 +2164,9 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
 
 // ═══ §8  Number formats ════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// What a stored value is, one struct per format: `encode` fills one unit of a panel (16 rows x unit_columns) from floats, `decode`
-// gives back one value of it. To add a format: a struct here, a line in LLAMA3_FORMATS (§2), a tile in §9, a decoder in kernels.cuh.
-// The layout of the units is convert/FORMAT.md, section 5.
+// What a stored value is, one struct per format: `encode` fills one unit of a panel (16 rows x unit_columns) from floats,
+// `decode` gives back one value of it. To add a format: a struct here, a line in LLAMA3_FORMATS (§2), a tile in §9, a decoder
+// in kernels.cuh. The layout of the units is convert/FORMAT.md, section 5.
 
 namespace llama3 {
 namespace detail {
@@ -2137,8 +2179,8 @@ inline std::uint16_t to_bf16(float value) {
     return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// IEEE half precision: 1 sign, 5 exponent (bias 15) and 10 fraction bits. Both directions are exact or rounded to nearest even, by
-// letting float arithmetic do the shifting: 2^112 moves the exponent's bias from 15 to 127.
+// IEEE half precision: 1 sign, 5 exponent (bias 15) and 10 fraction bits. Both directions are exact or rounded to nearest even,
+// by letting float arithmetic do the shifting: 2^112 moves the exponent's bias from 15 to 127.
 inline float from_fp16(std::uint16_t half) {
     const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
     float value = std::bit_cast<float>(magnitude) * std::bit_cast<float>((127u + 112u) << 23);
@@ -2149,9 +2191,9 @@ inline std::uint16_t to_fp16(float value) {
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
     const std::uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     std::uint32_t half = 0;
-    if (magnitude > 0x7f800000u) half = 0x7e00u;                       // NaN
-    else if (magnitude >= 0x477ff000u) half = 0x7c00u;                 // rounds to 65536 or more: infinity
-    else if (magnitude < 0x38800000u)                                  // subnormal: adding 0.5 aligns the bits and rounds them
+    if (magnitude > 0x7f800000u) half = 0x7e00u;        // NaN
+    else if (magnitude >= 0x477ff000u) half = 0x7c00u;  // rounds to 65536 or more: infinity
+    else if (magnitude < 0x38800000u)                   // subnormal: adding 0.5 aligns the bits and rounds them
         half = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     else half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     return static_cast<std::uint16_t>(sign | half);
@@ -2188,7 +2230,9 @@ struct BF16 {
     }
     static void encode(const float* rows, std::size_t stride, std::byte* unit) {
         for (int r = 0; r < panel_rows; ++r)
-            for (int c = 0; c < 2; ++c) store_as(unit + 4 * r + 2 * c, to_bf16(rows[static_cast<std::size_t>(r) * stride + static_cast<std::size_t>(c)]));
+            for (int c = 0; c < 2; ++c)
+                store_as(unit + 4 * r + 2 * c,
+                         to_bf16(rows[static_cast<std::size_t>(r) * stride + static_cast<std::size_t>(c)]));
     }
 };
 
@@ -2214,13 +2258,14 @@ struct Q8 {
                 const float scale = largest / 127, inverse = scale > smallest_scale ? 1 / scale : 0;
                 store_as(unit + 64 * vectors + 32 * block + 2 * r, to_fp16(scale));
                 for (int c = 0; c < block_columns; ++c)
-                    unit[64 * (8 * block + c / 4) + 4 * r + c % 4] = static_cast<std::byte>(std::clamp(round_away(x[c] * inverse), -127, 127));
+                    unit[64 * (8 * block + c / 4) + 4 * r + c % 4] =
+                        static_cast<std::byte>(std::clamp(round_away(x[c] * inverse), -127, 127));
             }
     }
 };
 
-// weight = (nibble - 8) * scale. A unit is 8 vectors of [16 rows][4 bytes], then [2 blocks][16 rows] scales; in vector v of a block
-// byte b of a row holds columns 8v + b (low nibble) and 8v + 4 + b (high nibble).
+// weight = (nibble - 8) * scale. A unit is 8 vectors of [16 rows][4 bytes], then [2 blocks][16 rows] scales; in vector v of a
+// block byte b of a row holds columns 8v + b (low nibble) and 8v + 4 + b (high nibble).
 struct Q4 {
     static constexpr Format format = Format::q4;
     static constexpr int vectors = 8;
@@ -2274,7 +2319,8 @@ void encode_panel(Format format, const float* rows, int columns, std::byte* pane
 // W[row, column] of a matrix.
 float decode_weight(const Matrix& matrix, int row, int column) {
     const int per_unit = unit_columns(matrix.format);
-    const std::byte* unit = matrix.panel(row / panel_rows) + static_cast<std::size_t>(column / per_unit) * unit_bytes(matrix.format);
+    const std::byte* unit =
+        matrix.panel(row / panel_rows) + static_cast<std::size_t>(column / per_unit) * unit_bytes(matrix.format);
     return with_format(matrix.format, [&](auto f) { return f.decode(unit, row % panel_rows, column % per_unit); });
 }
 
@@ -2301,8 +2347,9 @@ int block_dot(const Matrix& matrix, int row, int column, const std::int8_t* byte
     return matrix.format == Format::q8 ? multiply(Q8{}) : multiply(Q4{});
 }
 
-// Activations that meet q8 or q4 weights: groups of 32 signed bytes with one float scale, x ≈ byte * scale. The largest magnitude
-// is found in the integer order of the bits, where NaN is above infinity: a group that holds either gets the scale NaN.
+// Activations that meet q8 or q4 weights: groups of 32 signed bytes with one float scale, x ≈ byte * scale. The largest
+// magnitude is found in the integer order of the bits, where NaN is above infinity: a group that holds either gets the scale
+// NaN.
 float quantise_group(const float* x, std::int8_t* bytes) {
     std::uint32_t largest = 0;
     for (int i = 0; i < block_columns; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
@@ -2324,7 +2371,8 @@ inline std::uint16_t quantise_channels(const float* x, int n, std::int8_t* bytes
     for (int i = 0; i < n; ++i) bits = std::max(bits, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
     const bool finite = bits < 0x7f800000u;
     const float scale = finite ? std::bit_cast<float>(bits) / 127 : 0, inverse = scale > smallest_scale ? 1 / scale : 0;
-    for (int i = 0; i < n; ++i) bytes[i] = static_cast<std::int8_t>(finite ? std::clamp(round_away(x[i] * inverse), -127, 127) : 0);
+    for (int i = 0; i < n; ++i)
+        bytes[i] = static_cast<std::int8_t>(finite ? std::clamp(round_away(x[i] * inverse), -127, 127) : 0);
     return finite ? to_fp16(scale) : std::uint16_t{0x7e00};  // infinity or NaN in: NaN out
 }
 
@@ -2332,13 +2380,16 @@ void round_trip_channels(Format format, float* to, const float* from, int n) {
     std::int8_t bytes[block_columns];
     const float scale = from_fp16(quantise_channels(from, n, bytes));
     for (int i = 0; i < n; ++i)
-        to[i] = format == Format::q8 ? static_cast<float>(bytes[i]) * scale : format == Format::bf16 ? round_to_bf16(from[i]) : from[i];
+        to[i] = format == Format::q8     ? static_cast<float>(bytes[i]) * scale
+                : format == Format::bf16 ? round_to_bf16(from[i])
+                                         : from[i];
 }
 
 }  // namespace detail
 
 const char* format_name(Format format) {
-#define LLAMA3_X(name, columns, bytes) if (format == Format::name) return #name;
+#define LLAMA3_X(name, columns, bytes) \
+    if (format == Format::name) return #name;
     LLAMA3_FORMATS(LLAMA3_X)
 #undef LLAMA3_X
     return "unknown";
@@ -2346,22 +2397,24 @@ const char* format_name(Format format) {
 
 Format format_from_name(std::string_view name) {
     std::string known;
-#define LLAMA3_X(id, columns, bytes) \
+#define LLAMA3_X(id, columns, bytes)    \
     if (name == #id) return Format::id; \
     known += " " #id;
     LLAMA3_FORMATS(LLAMA3_X)
 #undef LLAMA3_X
-    detail::fail(Code::argument, "format", "unknown name (found '" + std::string(name) + "', expected one of" + known + ")", "Choose one of these");
+    detail::fail(Code::argument, "format", "unknown name (found '" + std::string(name) + "', expected one of" + known + ")",
+                 "Choose one of these");
 }
 
 }  // namespace llama3
 
 // ═══ §9  CPU kernels ═══════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// Every loop that counts, written once (§9b) over a handful of vector functions (§9a), and compiled once per instruction set: the
-// header includes itself with LLAMA3_KERNELS set to the name of the set, inside a region where the compiler may use it. A lane is
-// an output row (products), a position (scores) or a channel (the mix of values), never a piece of one sum: that is why the
-// width of the vectors does not show in the results. To add an instruction set: a block in §9a and an entry at the end of §9.
+// Every loop that counts, written once (§9b) over a handful of vector functions (§9a), and compiled once per instruction set:
+// the header includes itself with LLAMA3_KERNELS set to the name of the set, inside a region where the compiler may use it. A
+// lane is an output row (products), a position (scores) or a channel (the mix of values), never a piece of one sum: that is why
+// the width of the vectors does not show in the results. To add an instruction set: a block in §9a and an entry at the end of
+// §9.
 
 namespace llama3 {
 namespace detail {
@@ -2369,42 +2422,43 @@ namespace detail {
 // out[t, row] = Σ_c W[row, c] x[t, c] for panels [first_panel, last_panel) of W and all tokens.
 struct Product {
     Matrix w;
-    const std::byte* x;      // packed by Kernels::pack
-    int tokens;              // T
-    float* out;              // [T, stride], rows filled up to whole panels
+    const std::byte* x;  // packed by Kernels::pack
+    int tokens;          // T
+    float* out;          // [T, stride], rows filled up to whole panels
     std::size_t stride;
-    bool add;                // out += instead of out =
+    bool add;  // out += instead of out =
     int first_panel, last_panel;
 };
 
-// Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by position.
+// Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by
+// position.
 struct CacheView {
     Format format;
-    std::byte* keys;             // [P/16][E][16]
-    std::uint16_t* key_scales;   // q8: [P/16][E/32][16]
-    std::byte* values;           // [P][E rounded up to 16]
-    std::uint16_t* value_scales; // q8: [P][E/32]
+    std::byte* keys;              // [P/16][E][16]
+    std::uint16_t* key_scales;    // q8: [P/16][E/32][16]
+    std::byte* values;            // [P][E rounded up to 16]
+    std::uint16_t* value_scales;  // q8: [P][E/32]
     int head_dim;
 };
 
 // out[g] = softmax(query[g] · keysᵀ / √E) values over positions 0 to n - 1, for the G query heads that share a key/value head.
 struct Attention {
     CacheView cache;
-    const float* query;      // [G, E]
-    float* out;              // [G, E]
-    float* scratch;          // [4, 512] scores, then [4, E rounded up to 16] for a segment's mix and as much for the joined one
-    int n_queries;           // G
+    const float* query;  // [G, E]
+    float* out;          // [G, E]
+    float* scratch;      // [4, 512] scores, then [4, E rounded up to 16] for a segment's mix and as much for the joined one
+    int n_queries;       // G
     int n;
 };
 
 struct Kernels {
     const char* name;
-    int tile_tokens;         // tokens that a register tile takes: pack() puts that many together
-    bool own_bf16;           // bf16 products by an instruction with its own rounding
-    void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);       // RMSNorm
+    int tile_tokens;  // tokens that a register tile takes: pack() puts that many together
+    bool own_bf16;    // bf16 products by an instruction with its own rounding
+    void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns);
     void (*multiply)(const Product& product);
-    void (*swiglu)(float* gate, const float* up, int n);                                         // gate = SiLU(gate) ⊙ up
+    void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
     void (*attend)(const Attention& attention);
 };
 
@@ -2425,7 +2479,8 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 #define LLAMA3_STRING(x) LLAMA3_STRING_(x)
 #if defined(__clang__)
 #define LLAMA3_UNROLL _Pragma("unroll")
-#define LLAMA3_TARGET_BEGIN(features) _Pragma(LLAMA3_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
+#define LLAMA3_TARGET_BEGIN(features) \
+    _Pragma(LLAMA3_STRING(clang attribute push(__attribute__((target(features))), apply_to = function)))
 #define LLAMA3_TARGET_END _Pragma("clang attribute pop")
 #else
 #define LLAMA3_UNROLL _Pragma("GCC unroll 16")
@@ -2502,8 +2557,8 @@ namespace LLAMA3_KERNELS {
 // ─── §9a  Vector functions ──────────────────────────────────────────────────────────────────────────────────────────────────────
 //
 // F: `lanes` floats, with the operators + - * / of the compiler's vector types. I: as many int32, or four times as many bytes.
-// A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored) or 128
-// (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact.
+// A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored)
+// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact.
 
 #if LLAMA3_WIDTH == 16
 
@@ -2515,12 +2570,19 @@ LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
 LLAMA3_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 LLAMA3_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
-LLAMA3_INLINE F where_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
-LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-LLAMA3_INLINE F load_bf16(const std::byte* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
-LLAMA3_INLINE F load_bytes(const std::byte* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm512_loadu_si512(p); }
 LLAMA3_INLINE I splat_int(int x) { return _mm512_set1_epi32(x); }
 LLAMA3_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
@@ -2529,13 +2591,23 @@ LLAMA3_INLINE I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
 LLAMA3_INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
 LLAMA3_INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
 LLAMA3_INLINE I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
-template <int n> LLAMA3_INLINE I shift_left(I x) { return _mm512_slli_epi32(x, n); }
-template <int n> LLAMA3_INLINE I shift_right(I x) { return _mm512_srai_epi32(x, n); }
+template <int n>
+LLAMA3_INLINE I shift_left(I x) {
+    return _mm512_slli_epi32(x, n);
+}
+template <int n>
+LLAMA3_INLINE I shift_right(I x) {
+    return _mm512_srai_epi32(x, n);
+}
 LLAMA3_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
 LLAMA3_INLINE I as_int(F x) { return _mm512_castps_si512(x); }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm512_storeu_si512(p, x); }
-LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
-LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) { return _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
+    return _mm512_dpbusd_epi32(sum, unsigned_bytes, signed_bytes);
+}
 LLAMA3_INLINE I high_nibbles(I x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 LLAMA3_INLINE I flip_signs(I x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
@@ -2554,11 +2626,16 @@ LLAMA3_INLINE F splat(float x) { return _mm256_set1_ps(x); }
 LLAMA3_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 LLAMA3_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 LLAMA3_INLINE F where_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
-LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-LLAMA3_INLINE F load_bf16(const std::byte* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-LLAMA3_INLINE F load_bytes(const std::byte* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 LLAMA3_INLINE I splat_int(int x) { return _mm256_set1_epi32(x); }
 LLAMA3_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
@@ -2567,8 +2644,14 @@ LLAMA3_INLINE I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
 LLAMA3_INLINE I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
 LLAMA3_INLINE I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
 LLAMA3_INLINE I max_int(I a, I b) { return _mm256_max_epi32(a, b); }
-template <int n> LLAMA3_INLINE I shift_left(I x) { return _mm256_slli_epi32(x, n); }
-template <int n> LLAMA3_INLINE I shift_right(I x) { return _mm256_srai_epi32(x, n); }
+template <int n>
+LLAMA3_INLINE I shift_left(I x) {
+    return _mm256_slli_epi32(x, n);
+}
+template <int n>
+LLAMA3_INLINE I shift_right(I x) {
+    return _mm256_srai_epi32(x, n);
+}
 LLAMA3_INLINE F as_float(I x) { return _mm256_castsi256_ps(x); }
 LLAMA3_INLINE I as_int(F x) { return _mm256_castps_si256(x); }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
@@ -2581,12 +2664,14 @@ LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x,
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 #ifdef LLAMA3_VNNI
 constexpr int signed_bias = 128, tile_tokens = 6;
-LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) { return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes); }
+LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
+    return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
+}
 LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
 constexpr int signed_bias = 0, tile_tokens = 4;
-// vpmaddubsw adds pairs of products in 16 bits and saturates: exact only if they stay small. With |w| <= 127 and the sign moved to the
-// activation a pair is at most 2 * 127 * 127 = 32258; a nibble makes 2 * 15 * 127 = 3810, and eight of those still fit.
+// vpmaddubsw adds pairs of products in 16 bits and saturates: exact only if they stay small. With |w| <= 127 and the sign moved
+// to the activation a pair is at most 2 * 127 * 127 = 32258; a nibble makes 2 * 15 * 127 = 3810, and eight of those still fit.
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
     const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -2601,7 +2686,11 @@ typedef float F __attribute__((vector_size(16)));
 typedef std::int32_t I __attribute__((vector_size(16)));
 typedef std::uint32_t U __attribute__((vector_size(16)));
 constexpr int lanes = 4, tile_tokens = 2, tile_panels = 1, signed_bias = 0;
-LLAMA3_INLINE F load(const float* p) { F x; std::memcpy(&x, p, 16); return x; }
+LLAMA3_INLINE F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, 16);
+    return x;
+}
 LLAMA3_INLINE void store(float* p, F x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE F splat(float x) { return F{x, x, x, x}; }
 LLAMA3_INLINE F fma(F a, F b, F c) {
@@ -2614,7 +2703,9 @@ LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
     return (F)(((I)yes & less) | ((I)no & ~less));
 }
 LLAMA3_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
-LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])}; }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
+    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
+}
 LLAMA3_INLINE F load_bf16(const std::byte* p) {
     std::uint16_t x[4];
     std::memcpy(x, p, 8);
@@ -2625,12 +2716,17 @@ LLAMA3_INLINE F load_bytes(const std::byte* p) {
     std::memcpy(x, p, 4);
     return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
 }
-LLAMA3_INLINE I load_bits(const std::byte* p) { I x; std::memcpy(&x, p, 16); return x; }
+LLAMA3_INLINE I load_bits(const std::byte* p) {
+    I x;
+    std::memcpy(&x, p, 16);
+    return x;
+}
 LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
 LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 LLAMA3_INLINE I to_int(F x) {
-    I y;  // not a plain conversion: it has no meaning for lanes out of range, which the processor's instruction gives this value
-    for (int i = 0; i < 4; ++i) y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
+    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
+    for (int i = 0; i < 4; ++i)
+        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
     return y;
 }
 LLAMA3_INLINE I and_bits(I a, I b) { return a & b; }
@@ -2640,8 +2736,14 @@ LLAMA3_INLINE I max_int(I a, I b) {
     const I greater = a > b;
     return (a & greater) | (b & ~greater);
 }
-template <int n> LLAMA3_INLINE I shift_left(I x) { return (I)((U)x << n); }
-template <int n> LLAMA3_INLINE I shift_right(I x) { return x >> n; }
+template <int n>
+LLAMA3_INLINE I shift_left(I x) {
+    return (I)((U)x << n);
+}
+template <int n>
+LLAMA3_INLINE I shift_right(I x) {
+    return x >> n;
+}
 LLAMA3_INLINE F as_float(I x) { return (F)x; }
 LLAMA3_INLINE I as_int(F x) { return (I)x; }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
@@ -2653,7 +2755,8 @@ LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
     std::int8_t a[16], b[16];
     std::memcpy(a, &w, 16), std::memcpy(b, &x, 16);
-    for (int i = 0; i < 4; ++i) sum[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
+    for (int i = 0; i < 4; ++i)
+        sum[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
     return sum;
 }
 LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_signed(sum, nibbles, x); }
@@ -2699,12 +2802,11 @@ void normalise(float* out, const float* x, const float* weight, int n, float eps
     F sums[parts];
     for (int h = 0; h < parts; ++h) sums[h] = splat(0);
     int i = 0;
-    for (; i + 16 <= n; i += 16)
-        LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
-            const F value = load(x + i + h * lanes);
-            sums[h] = fma(value, value, sums[h]);
-        }
+    for (; i + 16 <= n; i += 16) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        const F value = load(x + i + h * lanes);
+        sums[h] = fma(value, value, sums[h]);
+    }
     float sum[16];
     for (int h = 0; h < parts; ++h) store(sum + h * lanes, sums[h]);
     for (; i < n; ++i) sum[i % 16] = detail::fma(x[i], x[i], sum[i % 16]);
@@ -2770,10 +2872,9 @@ LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* c
     for (int t = 0; t < N; ++t) {
         const F value = splat(load_as<float>(x + 4 * t));
         LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h)
-                sums[p][h][t] = fma(load(reinterpret_cast<const float*>(w[p]) + h * lanes), value, sums[p][h][t]);
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h)
+            sums[p][h][t] = fma(load(reinterpret_cast<const float*>(w[p]) + h * lanes), value, sums[p][h][t]);
     }
     x += 4 * N;
 }
@@ -2781,22 +2882,22 @@ LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* c
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p)
-        LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
-            const I pairs = load_bits(w[p] + h * lanes * 4);
+    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        const I pairs = load_bits(w[p] + h * lanes * 4);
 #ifdef LLAMA3_BF16
-            LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) sums[p][h][t] = dot_bf16(sums[p][h][t], pairs, splat_four(x + 4 * t));
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) sums[p][h][t] = dot_bf16(sums[p][h][t], pairs, splat_four(x + 4 * t));
 #else
-            const F even = as_float(shift_left<16>(pairs)), odd = as_float(and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
-            LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) {
-                sums[p][h][t] = fma(even, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t))), sums[p][h][t]);
-                sums[p][h][t] = fma(odd, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t + 2))), sums[p][h][t]);
-            }
-#endif
+        const F even = as_float(shift_left<16>(pairs)),
+                odd = as_float(and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) {
+            sums[p][h][t] = fma(even, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t))), sums[p][h][t]);
+            sums[p][h][t] = fma(odd, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t + 2))), sums[p][h][t]);
         }
+#endif
+    }
     x += 4 * N;
 }
 
@@ -2815,24 +2916,21 @@ LLAMA3_INLINE void multiply_unit(Q8, F (&sums)[P][parts][N], const std::byte* co
         for (int t = 0; t < N; ++t) {
             const I start = splat_int(signed_bias ? -signed_bias * load_as<std::int32_t>(x + 36 * N + 4 * t) : 0);
             LLAMA3_UNROLL
-            for (int p = 0; p < P; ++p)
-                LLAMA3_UNROLL
-                for (int h = 0; h < parts; ++h) dots[p][h][t] = start;
+            for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) dots[p][h][t] = start;
         }
         LLAMA3_UNROLL
-        for (int v = 0; v < 8; ++v)
+        for (int v = 0; v < 8; ++v) LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) {
+            const I weights = load_bits(w[p] + 64 * (8 * block + v) + h * lanes * 4);
             LLAMA3_UNROLL
-            for (int p = 0; p < P; ++p)
-                LLAMA3_UNROLL
-                for (int h = 0; h < parts; ++h) {
-                    const I weights = load_bits(w[p] + 64 * (8 * block + v) + h * lanes * 4);
-                    LLAMA3_UNROLL
-                    for (int t = 0; t < N; ++t) dots[p][h][t] = dot_signed(dots[p][h][t], weights, splat_four(x + 4 * (v * N + t)));
-                }
+            for (int t = 0; t < N; ++t) dots[p][h][t] = dot_signed(dots[p][h][t], weights, splat_four(x + 4 * (v * N + t)));
+        }
         LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q8::vectors + 32 * block + 2 * h * lanes, x);
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h)
+            add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q8::vectors + 32 * block + 2 * h * lanes, x);
     }
 }
 
@@ -2841,34 +2939,29 @@ LLAMA3_INLINE void multiply_unit(Q4, F (&sums)[P][parts][N], const std::byte* co
     for (int block = 0; block < 2; ++block, x += 40 * N) {
         I dots[P][parts][N];
         LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h)
-                LLAMA3_UNROLL
-                for (int t = 0; t < N; ++t) dots[p][h][t] = splat_int(0);
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) dots[p][h][t] = splat_int(0);
         LLAMA3_UNROLL
-        for (int v = 0; v < 4; ++v)
+        for (int v = 0; v < 4; ++v) LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) {
+            const I nibbles = load_bits(w[p] + 64 * (4 * block + v) + h * lanes * 4);
+            const I low = low_nibbles(nibbles), high = high_nibbles(nibbles);
             LLAMA3_UNROLL
-            for (int p = 0; p < P; ++p)
-                LLAMA3_UNROLL
-                for (int h = 0; h < parts; ++h) {
-                    const I nibbles = load_bits(w[p] + 64 * (4 * block + v) + h * lanes * 4);
-                    const I low = low_nibbles(nibbles), high = high_nibbles(nibbles);
-                    LLAMA3_UNROLL
-                    for (int t = 0; t < N; ++t) {
-                        dots[p][h][t] = add_pairs(dots[p][h][t], low, splat_four(x + 4 * (2 * v * N + t)));
-                        dots[p][h][t] = add_pairs(dots[p][h][t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
-                    }
-                }
-        LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) {
-                LLAMA3_UNROLL
-                for (int t = 0; t < N; ++t)
-                    dots[p][h][t] = add_int(finish_pairs(dots[p][h][t]), splat_int(-8 * load_as<std::int32_t>(x + 36 * N + 4 * t)));
-                add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q4::vectors + 32 * block + 2 * h * lanes, x);
+            for (int t = 0; t < N; ++t) {
+                dots[p][h][t] = add_pairs(dots[p][h][t], low, splat_four(x + 4 * (2 * v * N + t)));
+                dots[p][h][t] = add_pairs(dots[p][h][t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
             }
+        }
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) {
+            LLAMA3_UNROLL
+            for (int t = 0; t < N; ++t)
+                dots[p][h][t] = add_int(finish_pairs(dots[p][h][t]), splat_int(-8 * load_as<std::int32_t>(x + 36 * N + 4 * t)));
+            add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q4::vectors + 32 * block + 2 * h * lanes, x);
+        }
     }
 }
 
@@ -2883,31 +2976,30 @@ void multiply_tile(const Product& product, int panel, const std::byte* x, float*
     for (int s = 0; s < w.segments; ++s) {
         F sums[P][parts][N];
         LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h)
-                LLAMA3_UNROLL
-                for (int t = 0; t < N; ++t) sums[p][h][t] = splat(0);
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) sums[p][h][t] = splat(0);
         for (int u = 0; u < units; ++u) {
             if constexpr (P == 1)
-                for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64) __builtin_prefetch(data[0] + 4096 + line);
+                for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64)
+                    __builtin_prefetch(data[0] + 4096 + line);
             multiply_unit<P, N>(Type{}, sums, data, x);
             LLAMA3_UNROLL
             for (int p = 0; p < P; ++p) data[p] += unit_bytes(Type::format);
         }
         LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h)
-                LLAMA3_UNROLL
-                for (int t = 0; t < N; ++t) parts_of_sum[s][p][h][t] = sums[p][h][t];
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) parts_of_sum[s][p][h][t] = sums[p][h][t];
     }
     for (int p = 0; p < P; ++p)
         for (int h = 0; h < parts; ++h)
             for (int t = 0; t < N; ++t) {
                 for (int n = w.segments; n > 1; n /= 2)
-                    for (int s = 0; s < n / 2; ++s) parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
-                float* to = out + static_cast<std::size_t>(t) * product.stride + static_cast<std::size_t>((panel + p) * panel_rows + h * lanes);
+                    for (int s = 0; s < n / 2; ++s)
+                        parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
+                float* to = out + static_cast<std::size_t>(t) * product.stride +
+                            static_cast<std::size_t>((panel + p) * panel_rows + h * lanes);
                 store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
             }
 }
@@ -2928,7 +3020,8 @@ void multiply_as(const Product& product) {
             const int tokens = std::min(tile_tokens, product.tokens - t);
             const std::byte* x = product.x + static_cast<std::size_t>(t) * token_bytes;
             float* out = product.out + static_cast<std::size_t>(t) * product.stride;
-            if (n_panels == tile_panels && tokens == tile_tokens) multiply_tile<Type, tile_panels, tile_tokens>(product, panel, x, out);
+            if (n_panels == tile_panels && tokens == tile_tokens)
+                multiply_tile<Type, tile_panels, tile_tokens>(product, panel, x, out);
             else
                 for (int p = 0; p < n_panels; ++p) multiply_tokens<Type, 1, tile_tokens>(product, panel + p, tokens, x, out);
         }
@@ -2959,7 +3052,8 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
 template <Format kv, int G>
 void attend_segment(const Attention& a, const float* query, int first, int count, float* largest, float* total, float* mix) {
     const CacheView& cache = a.cache;
-    const std::size_t width = static_cast<std::size_t>(cache.head_dim), padded = static_cast<std::size_t>(padded_width(cache.head_dim));
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      padded = static_cast<std::size_t>(padded_width(cache.head_dim));
     const std::size_t groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
     const F scale = splat(1 / std::sqrt(static_cast<float>(cache.head_dim)));
     float* scores = a.scratch;
@@ -2967,27 +3061,28 @@ void attend_segment(const Attention& a, const float* query, int first, int count
         const std::size_t tile = static_cast<std::size_t>(first + j) / 16;
         F dots[G][parts];
         LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g)
+        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) dots[g][h] = splat(0);
+        for (std::size_t e = 0; e < width; ++e) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) {
+            F key_scale = splat(0);
+            if constexpr (kv == Format::q8)
+                key_scale = load_fp16(cache.key_scales + (tile * groups + e / block_columns) * 16 +
+                                      static_cast<std::size_t>(h * lanes));
+            const F key = load_cached<kv>(cache.keys, (tile * width + e) * 16 + static_cast<std::size_t>(h * lanes), key_scale);
             LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) dots[g][h] = splat(0);
-        for (std::size_t e = 0; e < width; ++e)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) {
-                F key_scale = splat(0);
-                if constexpr (kv == Format::q8) key_scale = load_fp16(cache.key_scales + (tile * groups + e / block_columns) * 16 + static_cast<std::size_t>(h * lanes));
-                const F key = load_cached<kv>(cache.keys, (tile * width + e) * 16 + static_cast<std::size_t>(h * lanes), key_scale);
-                LLAMA3_UNROLL
-                for (int g = 0; g < G; ++g) dots[g][h] = fma(splat(query[static_cast<std::size_t>(g) * width + e]), key, dots[g][h]);
-            }
+            for (int g = 0; g < G; ++g)
+                dots[g][h] = fma(splat(query[static_cast<std::size_t>(g) * width + e]), key, dots[g][h]);
+        }
         LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g)
-            LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) store(scores + g * attention_segment + j + h * lanes, dots[g][h] * scale);
+        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) store(scores + g * attention_segment + j + h * lanes, dots[g][h] * scale);
     }
     for (int g = 0; g < G; ++g) {
         float* row = scores + g * attention_segment;
         const int filled = static_cast<int>(round_up(count, 16));
-        for (int j = count; j < filled; ++j) row[j] = -std::numeric_limits<float>::infinity();  // positions that are not there yet
+        for (int j = count; j < filled; ++j)
+            row[j] = -std::numeric_limits<float>::infinity();  // positions that are not there yet
         F most = load(row);
         for (int j = lanes; j < filled; j += lanes) most = max(most, load(row + j));
         float values[16];
@@ -3009,29 +3104,32 @@ void attend_segment(const Attention& a, const float* query, int first, int count
     for (std::size_t c = 0; c < padded; c += static_cast<std::size_t>(vectors * lanes)) {
         F sums[G][vectors];
         LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g)
-            LLAMA3_UNROLL
-            for (int v = 0; v < vectors; ++v) sums[g][v] = splat(0);
+        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
+        for (int v = 0; v < vectors; ++v) sums[g][v] = splat(0);
         for (int j = 0; j < count; ++j) {
             const std::size_t position = static_cast<std::size_t>(first + j);
             F value_scale = splat(0);
-            if constexpr (kv == Format::q8) value_scale = splat(from_fp16(cache.value_scales[position * groups + c / block_columns]));
+            if constexpr (kv == Format::q8)
+                value_scale = splat(from_fp16(cache.value_scales[position * groups + c / block_columns]));
             LLAMA3_UNROLL
             for (int v = 0; v < vectors; ++v) {
-                const F value = load_cached<kv>(cache.values, position * padded + c + static_cast<std::size_t>(v * lanes), value_scale);
+                const F value =
+                    load_cached<kv>(cache.values, position * padded + c + static_cast<std::size_t>(v * lanes), value_scale);
                 LLAMA3_UNROLL
                 for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
             }
         }
         for (int g = 0; g < G; ++g)
-            for (int v = 0; v < vectors; ++v) store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
+            for (int v = 0; v < vectors; ++v)
+                store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
     }
 }
 
 // G heads over all segments, joined in order (§5, attend_reference).
 template <Format kv, int G>
 void attend_heads(const Attention& a, int head) {
-    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim), padded = static_cast<std::size_t>(padded_width(a.cache.head_dim));
+    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
+                      padded = static_cast<std::size_t>(padded_width(a.cache.head_dim));
     const float* query = a.query + static_cast<std::size_t>(head) * width;
     float* mix = a.scratch + 4 * attention_segment;
     float* joined = mix + 4 * padded;
@@ -3050,7 +3148,8 @@ void attend_heads(const Attention& a, int head) {
     }
     for (int g = 0; g < G; ++g) {
         const float inverse = 1 / total[g];
-        for (std::size_t e = 0; e < width; ++e) a.out[static_cast<std::size_t>(head + g) * width + e] = joined[static_cast<std::size_t>(g) * padded + e] * inverse;
+        for (std::size_t e = 0; e < width; ++e)
+            a.out[static_cast<std::size_t>(head + g) * width + e] = joined[static_cast<std::size_t>(g) * padded + e] * inverse;
     }
 }
 
@@ -3085,7 +3184,8 @@ const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS), tile_tokens, own_bf16, n
 
 // ═══ §10  Choosing the instruction set ═════════════════════════════════════════════════════════════════════════════════════════
 //
-// The sets that were compiled, best first; the first that this processor has is taken, or the one that Options::isa or LLAMA3_ISA names.
+// The sets that were compiled, best first; the first that this processor has is taken, or the one that Options::isa or
+// LLAMA3_ISA names.
 
 namespace llama3 {
 namespace detail {
@@ -3116,7 +3216,8 @@ const Kernels& choose_kernels(const std::string& wanted) {
         if (name.empty() || name == choice.kernels->name) return *choice.kernels;
         available += (available.empty() ? "" : ", ") + std::string(choice.kernels->name);
     }
-    fail(Code::device, wanted.empty() ? "LLAMA3_ISA" : "instruction set", "this machine cannot run it (found '" + name + "', expected one of " + available + ")",
+    fail(Code::device, wanted.empty() ? "LLAMA3_ISA" : "instruction set",
+         "this machine cannot run it (found '" + name + "', expected one of " + available + ")",
          "Choose one of these, or none for the best");
 }
 
@@ -3222,7 +3323,8 @@ public:
         epoch_.fetch_add(1, std::memory_order_release);
         epoch_.notify_all();
         f(0, threads_);
-        for (std::uint32_t left = working_.load(std::memory_order_acquire); left != 0; left = working_.load(std::memory_order_acquire))
+        for (std::uint32_t left = working_.load(std::memory_order_acquire); left != 0;
+             left = working_.load(std::memory_order_acquire))
             wait_for_change(working_, left);
     }
 
@@ -3253,8 +3355,9 @@ private:
 
 // ═══ §12  The CPU back end ═════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// Every thread runs forward(); a stage does the thread's share and ends at a barrier. Shares are contiguous runs of panels, so that
-// each thread reads one stream of weights. The bits are those of §5, stage by stage: only the order in which outputs are made differs.
+// Every thread runs forward(); a stage does the thread's share and ends at a barrier. Shares are contiguous runs of panels, so
+// that each thread reads one stream of weights. The bits are those of §5, stage by stage: only the order in which outputs are
+// made differs.
 
 namespace llama3 {
 namespace detail {
@@ -3263,13 +3366,19 @@ namespace detail {
 class CpuCache final : public KVCache {
 public:
     static std::size_t head_bytes(const Config& config, int capacity, Format format) {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity, 16)), groups = static_cast<std::size_t>(scale_groups(config.head_dim));
-        const std::size_t element = format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1, scales = format == Format::q8 ? 2 * groups : 0;
-        const std::size_t per_position = element * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) + 2 * scales;
+        const std::size_t positions = static_cast<std::size_t>(round_up(capacity, 16)),
+                          groups = static_cast<std::size_t>(scale_groups(config.head_dim));
+        const std::size_t element = format == Format::f32    ? 4
+                                    : format == Format::bf16 ? 2
+                                                             : 1,
+                          scales = format == Format::q8 ? 2 * groups : 0;
+        const std::size_t per_position =
+            element * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) + 2 * scales;
         return static_cast<std::size_t>(round_up(static_cast<std::int64_t>(positions * per_position), 64));
     }
     static std::size_t bytes(const Config& config, int capacity, Format format) {
-        return head_bytes(config, capacity, format) * static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(config.n_kv_heads);
+        return head_bytes(config, capacity, format) * static_cast<std::size_t>(config.n_layers) *
+               static_cast<std::size_t>(config.n_kv_heads);
     }
 
     CpuCache(const Config& config, int capacity, Format format)
@@ -3279,10 +3388,14 @@ public:
     int capacity() const override { return capacity_; }
 
     CacheView view(int layer, int head) const {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity_, 16)), width = static_cast<std::size_t>(head_dim_);
-        const std::size_t padded = static_cast<std::size_t>(padded_width(head_dim_)), groups = static_cast<std::size_t>(scale_groups(head_dim_));
+        const std::size_t positions = static_cast<std::size_t>(round_up(capacity_, 16)),
+                          width = static_cast<std::size_t>(head_dim_);
+        const std::size_t padded = static_cast<std::size_t>(padded_width(head_dim_)),
+                          groups = static_cast<std::size_t>(scale_groups(head_dim_));
         const std::size_t element = format_ == Format::f32 ? 4 : format_ == Format::bf16 ? 2 : 1;
-        std::byte* at = memory_.data() + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(n_kv_heads_) + static_cast<std::size_t>(head)) * head_bytes_;
+        std::byte* at = memory_.data() + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(n_kv_heads_) +
+                                          static_cast<std::size_t>(head)) *
+                                             head_bytes_;
         CacheView view{format_, at, nullptr, at + positions * width * element, nullptr, head_dim_};
         if (format_ == Format::q8) {
             view.key_scales = reinterpret_cast<std::uint16_t*>(view.values + positions * padded);
@@ -3294,7 +3407,8 @@ public:
     // Writes the key and value [E] of one position.
     void store(int layer, int head, int position, const float* key, const float* value) {
         const CacheView view = this->view(layer, head);
-        const std::size_t width = static_cast<std::size_t>(head_dim_), padded = static_cast<std::size_t>(padded_width(head_dim_));
+        const std::size_t width = static_cast<std::size_t>(head_dim_),
+                          padded = static_cast<std::size_t>(padded_width(head_dim_));
         const std::size_t groups = static_cast<std::size_t>(scale_groups(head_dim_));
         const std::size_t p = static_cast<std::size_t>(position), tile = p / 16 * width * 16 + p % 16;
         for (std::size_t first = 0; first < width; first += block_columns) {
@@ -3302,7 +3416,8 @@ public:
             if (format_ == Format::q8) {
                 std::int8_t bytes[block_columns];
                 const std::size_t group = first / block_columns;
-                view.key_scales[(p / 16 * groups + group) * 16 + p % 16] = quantise_channels(key + first, static_cast<int>(n), bytes);
+                view.key_scales[(p / 16 * groups + group) * 16 + p % 16] =
+                    quantise_channels(key + first, static_cast<int>(n), bytes);
                 for (std::size_t i = 0; i < n; ++i) view.keys[tile + (first + i) * 16] = static_cast<std::byte>(bytes[i]);
                 view.value_scales[p * groups + group] = quantise_channels(value + first, static_cast<int>(n), bytes);
                 std::memcpy(view.values + p * padded + first, bytes, n);
@@ -3350,9 +3465,9 @@ private:
 
 struct CpuBuffers {
     Tensor x, query, key, value, mixed, hidden, up;
-    std::byte* packed;       // activations in the order of a product's tiles
-    float* turns;            // [T, E] cos and sin of each row's position
-    float* scratch;          // [threads, scratch_floats] rows of a thread's own
+    std::byte* packed;  // activations in the order of a product's tiles
+    float* turns;       // [T, E] cos and sin of each row's position
+    float* scratch;     // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
 
     CpuBuffers(Arena& arena, const Config& c, int rows, int threads) {
@@ -3376,9 +3491,10 @@ struct CpuBuffers {
 class CpuBackend final : public Backend {
 public:
     CpuBackend(Model model, const Options& options)
-        : model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)),
-          team_(options.threads), rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
-          memory_(buffer_bytes(config_, rows_, team_.threads())), buffers_(place(arena_, memory_), config_, rows_, team_.threads()) {}
+        : model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv),
+          kernels_(choose_kernels(options.isa)), team_(options.threads), rows_(std::min(options.chunk, options.context)),
+          frequencies_(rope_frequencies(config_)), memory_(buffer_bytes(config_, rows_, team_.threads())),
+          buffers_(place(arena_, memory_), config_, rows_, team_.threads()) {}
 
     static std::size_t buffer_bytes(const Config& config, int rows, int threads) {
         Arena count;
@@ -3392,7 +3508,8 @@ public:
         return {logits_.data() + static_cast<std::size_t>(i) * logits_stride(), static_cast<std::size_t>(config_.vocab_size)};
     }
     std::string describe() const override {
-        return std::string(kernels_.name) + ", CPU, " + std::to_string(team_.threads()) + (team_.threads() == 1 ? " thread (" : " threads (") + Team::name() + ")";
+        return std::string(kernels_.name) + ", CPU, " + std::to_string(team_.threads()) +
+               (team_.threads() == 1 ? " thread (" : " threads (") + Team::name() + ")";
     }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override;
 
@@ -3416,18 +3533,18 @@ private:
     Arena arena_;
     AlignedBuffer memory_;
     CpuBuffers buffers_;
-    std::vector<float> logits_;       // [rows that wanted them, V rounded up]
-    std::vector<int> logits_rows_;    // which rows want logits
+    std::vector<float> logits_;     // [rows that wanted them, V rounded up]
+    std::vector<int> logits_rows_;  // which rows want logits
     const std::atomic<bool>* cancel_ = nullptr;
-    bool stopped_ = false;            // read and written at barriers only, so that all threads agree
+    bool stopped_ = false;  // read and written at barriers only, so that all threads agree
 };
 
 // One thread's part of every stage.
 class CpuWorker final : public Stages {
 public:
     CpuWorker(CpuBackend& backend, int thread, int threads)
-        : b_(backend), config_(backend.config_), kernels_(backend.kernels_), buffers_(backend.buffers_), thread_(thread), threads_(threads),
-          scratch_(buffers_.scratch + static_cast<std::size_t>(thread) * buffers_.scratch_floats) {}
+        : b_(backend), config_(backend.config_), kernels_(backend.kernels_), buffers_(backend.buffers_), thread_(thread),
+          threads_(threads), scratch_(buffers_.scratch + static_cast<std::size_t>(thread) * buffers_.scratch_floats) {}
 
     void embed(Tensor x, const Matrix& table, const Batch& batch) override {
         n_tokens_ = batch.size();
@@ -3468,7 +3585,8 @@ public:
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
         if (b_.stopped_) return;
         const int shared = config_.n_heads / config_.n_kv_heads;
-        for (int i = thread_; i < n_tokens_ * config_.n_kv_heads; i += threads_) {  // later tokens see more: deal them out in turn
+        for (int i = thread_; i < n_tokens_ * config_.n_kv_heads;
+             i += threads_) {  // later tokens see more: deal them out in turn
             const int head = i / n_tokens_, t = i % n_tokens_, column = head * shared * config_.head_dim;
             const Row& row = batch.rows[static_cast<std::size_t>(t)];
             const CacheView cache = static_cast<const CpuCache*>(row.cache)->view(layer.index, head);
@@ -3485,7 +3603,8 @@ public:
         const auto [first, last] = share(layer.gate.panels());
         multiply_panels(layer.gate, hidden, n_tokens_, first, last);
         multiply_panels(layer.up, buffers_.up, n_tokens_, first, last);
-        const int column = first * panel_rows, columns = (last - first) * panel_rows;  // made by this thread: no barrier in between
+        const int column = first * panel_rows,
+                  columns = (last - first) * panel_rows;  // made by this thread: no barrier in between
         for (int t = 0; t < n_tokens_; ++t) kernels_.swiglu(hidden.row(t) + column, buffers_.up.row(t) + column, columns);
         meet();
     }
@@ -3512,7 +3631,9 @@ private:
     void meet() {
         b_.barrier_.wait([this] { b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed); });
     }
-    float* turns(int t) const { return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim); }
+    float* turns(int t) const {
+        return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim);
+    }
 
     // Rows 0 to n - 1 of x (or those that `rows` lists), normalised if there is a norm, packed for products.
     void pack_rows(Format format, Tensor x, int n, const float* norm, const int* rows = nullptr) {
@@ -3521,11 +3642,14 @@ private:
         for (int t = first * tile; t < std::min(last * tile, n); t += tile) {
             const int tokens = std::min(tile, n - t);
             for (int i = 0; norm && i < tokens; ++i)
-                kernels_.normalise(scratch_ + static_cast<std::size_t>(i) * x.stride, x.row(rows ? rows[t + i] : t + i), norm, x.columns, config_.norm_eps);
+                kernels_.normalise(scratch_ + static_cast<std::size_t>(i) * x.stride, x.row(rows ? rows[t + i] : t + i), norm,
+                                   x.columns, config_.norm_eps);
             if (norm)  // what other stages left behind the last column
                 for (int i = 0; i < tokens; ++i)
-                    std::fill(scratch_ + static_cast<std::size_t>(i) * x.stride + x.columns, scratch_ + static_cast<std::size_t>(i + 1) * x.stride, 0.0f);
-            kernels_.pack(format, buffers_.packed + static_cast<std::size_t>(t) * packed_bytes(format, x.columns), norm ? scratch_ : x.row(t), x.stride, tokens, x.columns);
+                    std::fill(scratch_ + static_cast<std::size_t>(i) * x.stride + x.columns,
+                              scratch_ + static_cast<std::size_t>(i + 1) * x.stride, 0.0f);
+            kernels_.pack(format, buffers_.packed + static_cast<std::size_t>(t) * packed_bytes(format, x.columns),
+                          norm ? scratch_ : x.row(t), x.stride, tokens, x.columns);
         }
         meet();
     }
@@ -3596,13 +3720,14 @@ std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
 
 // ═══ §13  Ranks ════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// Tensor splitting: a rank owns H/R query heads, K/R key/value heads and F/R hidden channels, that is, rows of query, key, value, gate
-// and up, and the segments of columns of attention_out and down that meet them.
+// Tensor splitting: a rank owns H/R query heads, K/R key/value heads and F/R hidden channels, that is, rows of query, key,
+// value, gate and up, and the segments of columns of attention_out and down that meet them.
 
 namespace llama3 {
 namespace detail {
 
-// Which numbers of ranks can share a model: R divides the query heads, and divides the key/value heads or is a multiple of them.
+// Which numbers of ranks can share a model: R divides the query heads, and divides the key/value heads or is a multiple of
+// them.
 void check_ranks(const Config& config, int ranks, int available) {
     std::string possible;
     for (int r = 1; r <= available; ++r)
@@ -3610,8 +3735,11 @@ void check_ranks(const Config& config, int ranks, int available) {
             if (r == ranks) return;
             possible += (possible.empty() ? "" : ", ") + std::to_string(r);
         }
-    fail(Code::argument, "ranks", std::to_string(ranks) + " ranks cannot share " + std::to_string(config.n_heads) + " query and " +
-         std::to_string(config.n_kv_heads) + " key/value heads on this device (found " + std::to_string(ranks) + ", expected " + possible + ")", "Use one of these");
+    fail(Code::argument, "ranks",
+         std::to_string(ranks) + " ranks cannot share " + std::to_string(config.n_heads) + " query and " +
+             std::to_string(config.n_kv_heads) + " key/value heads on this device (found " + std::to_string(ranks) +
+             ", expected " + possible + ")",
+         "Use one of these");
 }
 
 }  // namespace detail
@@ -4004,8 +4132,8 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
     for (std::size_t i = 1; i < tensors.size(); ++i)  // these meet the same packed activations, so they share a format
         for (const std::string_view part : {".key", ".value", ".up"})
             if (tensors[i].name.ends_with(part) && tensors[i].format != tensors[i - 1].format)
-                check.bad("tensor " + tensors[i].name + " has another format than " + tensors[i - 1].name, format_name(tensors[i].format),
-                          format_name(tensors[i - 1].format));
+                check.bad("tensor " + tensors[i].name + " has another format than " + tensors[i - 1].name,
+                          format_name(tensors[i].format), format_name(tensors[i - 1].format));
     return tensors;
 }
 
@@ -4072,9 +4200,18 @@ Vocabulary synthetic_vocabulary(int vocab_size) {
         if (i > 0) ++next[i - 1];
         else next += 'a';
     }
-    constexpr std::string_view names[] = {
-        "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id", "step_id",
-        "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image"};
+    constexpr std::string_view names[] = {"begin_of_text",
+                                          "end_of_text",
+                                          "reserved_special_token_0",
+                                          "reserved_special_token_1",
+                                          "finetune_right_pad_id",
+                                          "step_id",
+                                          "start_header_id",
+                                          "end_header_id",
+                                          "eom_id",
+                                          "eot_id",
+                                          "python_tag",
+                                          "image"};
     for (std::size_t i = 0; ranks + static_cast<int>(i) < vocab_size; ++i) {
         const std::string name = i < std::size(names) ? std::string(names[i]) : to_text("reserved_special_token_", i - 10);
         v.specials.emplace_back(ranks + static_cast<int>(i), to_text("<|", name, "|>"));
@@ -4316,8 +4453,8 @@ MemoryPlan Model::plan(const Options& options) const {
 
 // ═══ §15  Platform ═════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// All that depends on the operating system or on the processor's name: files, memory, floating-point modes, what the machine has;
-// and the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
+// All that depends on the operating system or on the processor's name: files, memory, floating-point modes, what the machine
+// has; and the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
 
 namespace llama3 {
 namespace detail {
@@ -4433,7 +4570,7 @@ public:
             size_ = static_cast<std::uint64_t>(status.st_size);
             return;
         }
-        const std::string why = !known                    ? system_error()
+        const std::string why = !known ? system_error()
                                 : S_ISDIR(status.st_mode) ? "it is a directory"
                                                           : "it is not an ordinary file";
         ::close(descriptor_);
@@ -4578,122 +4715,130 @@ FloatEnvironment::~FloatEnvironment() {
 // An entry is (first code point << 2) | class; class 0 other, 1 letter, 2 number, 3 white space; the run extends
 // to the next entry. Not ASCII, but matched in contractions: U+017F (long s) as s.
 static constexpr uint32_t unicode_runs[] = {
-    0x0, 0x27, 0x38, 0x83, 0x84, 0xc2, 0xe8, 0x105, 0x16c, 0x185, 0x1ec, 0x217, 0x218, 0x283, 0x284, 0x2a9, 0x2ac, 0x2ca, 0x2d0,
-    0x2d5, 0x2d8, 0x2e6, 0x2e9, 0x2ec, 0x2f2, 0x2fc, 0x301, 0x35c, 0x361, 0x3dc, 0x3e1, 0xb08, 0xb19, 0xb48, 0xb81, 0xb94,
-    0xbb1, 0xbb4, 0xbb9, 0xbbc, 0xdc1, 0xdd4, 0xdd9, 0xde0, 0xde9, 0xdf8, 0xdfd, 0xe00, 0xe19, 0xe1c, 0xe21, 0xe2c, 0xe31,
-    0xe34, 0xe39, 0xe88, 0xe8d, 0xfd8, 0xfdd, 0x1208, 0x1229, 0x14c0, 0x14c5, 0x155c, 0x1565, 0x1568, 0x1581, 0x1624, 0x1741,
-    0x17ac, 0x17bd, 0x17cc, 0x1881, 0x192c, 0x1982, 0x19a8, 0x19b9, 0x19c0, 0x19c5, 0x1b50, 0x1b55, 0x1b58, 0x1b95, 0x1b9c,
-    0x1bb9, 0x1bc2, 0x1be9, 0x1bf4, 0x1bfd, 0x1c00, 0x1c41, 0x1c44, 0x1c49, 0x1cc0, 0x1d35, 0x1e98, 0x1ec5, 0x1ec8, 0x1f02,
-    0x1f29, 0x1fac, 0x1fd1, 0x1fd8, 0x1fe9, 0x1fec, 0x2001, 0x2058, 0x2069, 0x206c, 0x2091, 0x2094, 0x20a1, 0x20a4, 0x2101,
-    0x2164, 0x2181, 0x21ac, 0x21c1, 0x2220, 0x2225, 0x223c, 0x2281, 0x2328, 0x2411, 0x24e8, 0x24f5, 0x24f8, 0x2541, 0x2544,
-    0x2561, 0x2588, 0x259a, 0x25c0, 0x25c5, 0x2604, 0x2615, 0x2634, 0x263d, 0x2644, 0x264d, 0x26a4, 0x26a9, 0x26c4, 0x26c9,
-    0x26cc, 0x26d9, 0x26e8, 0x26f5, 0x26f8, 0x2739, 0x273c, 0x2771, 0x2778, 0x277d, 0x2788, 0x279a, 0x27c1, 0x27c8, 0x27d2,
-    0x27e8, 0x27f1, 0x27f4, 0x2815, 0x282c, 0x283d, 0x2844, 0x284d, 0x28a4, 0x28a9, 0x28c4, 0x28c9, 0x28d0, 0x28d5, 0x28dc,
-    0x28e1, 0x28e8, 0x2965, 0x2974, 0x2979, 0x297c, 0x299a, 0x29c0, 0x29c9, 0x29d4, 0x2a15, 0x2a38, 0x2a3d, 0x2a48, 0x2a4d,
-    0x2aa4, 0x2aa9, 0x2ac4, 0x2ac9, 0x2ad0, 0x2ad5, 0x2ae8, 0x2af5, 0x2af8, 0x2b41, 0x2b44, 0x2b81, 0x2b88, 0x2b9a, 0x2bc0,
-    0x2be5, 0x2be8, 0x2c15, 0x2c34, 0x2c3d, 0x2c44, 0x2c4d, 0x2ca4, 0x2ca9, 0x2cc4, 0x2cc9, 0x2cd0, 0x2cd5, 0x2ce8, 0x2cf5,
-    0x2cf8, 0x2d71, 0x2d78, 0x2d7d, 0x2d88, 0x2d9a, 0x2dc0, 0x2dc5, 0x2dca, 0x2de0, 0x2e0d, 0x2e10, 0x2e15, 0x2e2c, 0x2e39,
-    0x2e44, 0x2e49, 0x2e58, 0x2e65, 0x2e6c, 0x2e71, 0x2e74, 0x2e79, 0x2e80, 0x2e8d, 0x2e94, 0x2ea1, 0x2eac, 0x2eb9, 0x2ee8,
-    0x2f41, 0x2f44, 0x2f9a, 0x2fcc, 0x3015, 0x3034, 0x3039, 0x3044, 0x3049, 0x30a4, 0x30a9, 0x30e8, 0x30f5, 0x30f8, 0x3161,
-    0x316c, 0x3175, 0x3178, 0x3181, 0x3188, 0x319a, 0x31c0, 0x31e2, 0x31fc, 0x3201, 0x3204, 0x3215, 0x3234, 0x3239, 0x3244,
-    0x3249, 0x32a4, 0x32a9, 0x32d0, 0x32d5, 0x32e8, 0x32f5, 0x32f8, 0x3375, 0x337c, 0x3381, 0x3388, 0x339a, 0x33c0, 0x33c5,
-    0x33cc, 0x3411, 0x3434, 0x3439, 0x3444, 0x3449, 0x34ec, 0x34f5, 0x34f8, 0x3539, 0x353c, 0x3551, 0x355c, 0x3562, 0x357d,
-    0x3588, 0x359a, 0x35e4, 0x35e9, 0x3600, 0x3615, 0x365c, 0x3669, 0x36c8, 0x36cd, 0x36f0, 0x36f5, 0x36f8, 0x3701, 0x371c,
-    0x379a, 0x37c0, 0x3805, 0x38c4, 0x38c9, 0x38d0, 0x3901, 0x391c, 0x3942, 0x3968, 0x3a05, 0x3a0c, 0x3a11, 0x3a14, 0x3a19,
-    0x3a2c, 0x3a31, 0x3a90, 0x3a95, 0x3a98, 0x3a9d, 0x3ac4, 0x3ac9, 0x3ad0, 0x3af5, 0x3af8, 0x3b01, 0x3b14, 0x3b19, 0x3b1c,
-    0x3b42, 0x3b68, 0x3b71, 0x3b80, 0x3c01, 0x3c04, 0x3c82, 0x3cd0, 0x3d01, 0x3d20, 0x3d25, 0x3db4, 0x3e21, 0x3e34, 0x4001,
-    0x40ac, 0x40fd, 0x4102, 0x4128, 0x4141, 0x4158, 0x4169, 0x4178, 0x4185, 0x4188, 0x4195, 0x419c, 0x41b9, 0x41c4, 0x41d5,
-    0x4208, 0x4239, 0x423c, 0x4242, 0x4268, 0x4281, 0x4318, 0x431d, 0x4320, 0x4335, 0x4338, 0x4341, 0x43ec, 0x43f1, 0x4924,
-    0x4929, 0x4938, 0x4941, 0x495c, 0x4961, 0x4964, 0x4969, 0x4978, 0x4981, 0x4a24, 0x4a29, 0x4a38, 0x4a41, 0x4ac4, 0x4ac9,
-    0x4ad8, 0x4ae1, 0x4afc, 0x4b01, 0x4b04, 0x4b09, 0x4b18, 0x4b21, 0x4b5c, 0x4b61, 0x4c44, 0x4c49, 0x4c58, 0x4c61, 0x4d6c,
-    0x4da6, 0x4df4, 0x4e01, 0x4e40, 0x4e81, 0x4fd8, 0x4fe1, 0x4ff8, 0x5005, 0x59b4, 0x59bd, 0x5a03, 0x5a05, 0x5a6c, 0x5a81,
-    0x5bac, 0x5bba, 0x5bc5, 0x5be4, 0x5c01, 0x5c48, 0x5c7d, 0x5cc8, 0x5d01, 0x5d48, 0x5d81, 0x5db4, 0x5db9, 0x5dc4, 0x5e01,
-    0x5ed0, 0x5f5d, 0x5f60, 0x5f71, 0x5f74, 0x5f82, 0x5fa8, 0x5fc2, 0x5fe8, 0x6042, 0x6068, 0x6081, 0x61e4, 0x6201, 0x6214,
-    0x621d, 0x62a4, 0x62a9, 0x62ac, 0x62c1, 0x63d8, 0x6401, 0x647c, 0x651a, 0x6541, 0x65b8, 0x65c1, 0x65d4, 0x6601, 0x66b0,
-    0x66c1, 0x6728, 0x6742, 0x676c, 0x6801, 0x685c, 0x6881, 0x6954, 0x6a02, 0x6a28, 0x6a42, 0x6a68, 0x6a9d, 0x6aa0, 0x6c15,
-    0x6cd0, 0x6d15, 0x6d34, 0x6d42, 0x6d68, 0x6e0d, 0x6e84, 0x6eb9, 0x6ec2, 0x6ee9, 0x6f98, 0x7001, 0x7090, 0x7102, 0x7128,
-    0x7135, 0x7142, 0x7169, 0x71f8, 0x7201, 0x722c, 0x7241, 0x72ec, 0x72f5, 0x7300, 0x73a5, 0x73b4, 0x73b9, 0x73d0, 0x73d5,
-    0x73dc, 0x73e9, 0x73ec, 0x7401, 0x7700, 0x7801, 0x7c58, 0x7c61, 0x7c78, 0x7c81, 0x7d18, 0x7d21, 0x7d38, 0x7d41, 0x7d60,
-    0x7d65, 0x7d68, 0x7d6d, 0x7d70, 0x7d75, 0x7d78, 0x7d7d, 0x7df8, 0x7e01, 0x7ed4, 0x7ed9, 0x7ef4, 0x7ef9, 0x7efc, 0x7f09,
-    0x7f14, 0x7f19, 0x7f34, 0x7f41, 0x7f50, 0x7f59, 0x7f70, 0x7f81, 0x7fb4, 0x7fc9, 0x7fd4, 0x7fd9, 0x7ff4, 0x8003, 0x802c,
-    0x80a3, 0x80a8, 0x80bf, 0x80c0, 0x817f, 0x8180, 0x81c2, 0x81c5, 0x81c8, 0x81d2, 0x81e8, 0x81fd, 0x8202, 0x8228, 0x8241,
-    0x8274, 0x8409, 0x840c, 0x841d, 0x8420, 0x8429, 0x8450, 0x8455, 0x8458, 0x8465, 0x8478, 0x8491, 0x8494, 0x8499, 0x849c,
-    0x84a1, 0x84a4, 0x84a9, 0x84b8, 0x84bd, 0x84e8, 0x84f1, 0x8500, 0x8515, 0x8528, 0x8539, 0x853c, 0x8542, 0x860d, 0x8616,
-    0x8628, 0x9182, 0x9270, 0x93aa, 0x9400, 0x9dda, 0x9e50, 0xb001, 0xb394, 0xb3ad, 0xb3bc, 0xb3c9, 0xb3d0, 0xb3f6, 0xb3f8,
-    0xb401, 0xb498, 0xb49d, 0xb4a0, 0xb4b5, 0xb4b8, 0xb4c1, 0xb5a0, 0xb5bd, 0xb5c0, 0xb601, 0xb65c, 0xb681, 0xb69c, 0xb6a1,
-    0xb6bc, 0xb6c1, 0xb6dc, 0xb6e1, 0xb6fc, 0xb701, 0xb71c, 0xb721, 0xb73c, 0xb741, 0xb75c, 0xb761, 0xb77c, 0xb8bd, 0xb8c0,
-    0xc003, 0xc004, 0xc015, 0xc01e, 0xc020, 0xc086, 0xc0a8, 0xc0c5, 0xc0d8, 0xc0e2, 0xc0ed, 0xc0f4, 0xc105, 0xc25c, 0xc275,
-    0xc280, 0xc285, 0xc3ec, 0xc3f1, 0xc400, 0xc415, 0xc4c0, 0xc4c5, 0xc63c, 0xc64a, 0xc658, 0xc681, 0xc700, 0xc7c1, 0xc800,
-    0xc882, 0xc8a8, 0xc922, 0xc940, 0xc946, 0xc980, 0xca02, 0xca28, 0xcac6, 0xcb00, 0xd001, 0x13700, 0x13801, 0x29234, 0x29341,
-    0x293f8, 0x29401, 0x29834, 0x29841, 0x29882, 0x298a9, 0x298b0, 0x29901, 0x299bc, 0x299fd, 0x29a78, 0x29a81, 0x29b9a,
-    0x29bc0, 0x29c5d, 0x29c80, 0x29c89, 0x29e24, 0x29e2d, 0x29f38, 0x29f41, 0x29f48, 0x29f4d, 0x29f50, 0x29f55, 0x29f74,
-    0x29fc9, 0x2a008, 0x2a00d, 0x2a018, 0x2a01d, 0x2a02c, 0x2a031, 0x2a08c, 0x2a0c2, 0x2a0d8, 0x2a101, 0x2a1d0, 0x2a209,
-    0x2a2d0, 0x2a342, 0x2a368, 0x2a3c9, 0x2a3e0, 0x2a3ed, 0x2a3f0, 0x2a3f5, 0x2a3fc, 0x2a402, 0x2a429, 0x2a498, 0x2a4c1,
-    0x2a51c, 0x2a581, 0x2a5f4, 0x2a611, 0x2a6cc, 0x2a73d, 0x2a742, 0x2a768, 0x2a781, 0x2a794, 0x2a799, 0x2a7c2, 0x2a7e9,
-    0x2a7fc, 0x2a801, 0x2a8a4, 0x2a901, 0x2a90c, 0x2a911, 0x2a930, 0x2a942, 0x2a968, 0x2a981, 0x2a9dc, 0x2a9e9, 0x2a9ec,
-    0x2a9f9, 0x2aac0, 0x2aac5, 0x2aac8, 0x2aad5, 0x2aadc, 0x2aae5, 0x2aaf8, 0x2ab01, 0x2ab04, 0x2ab09, 0x2ab0c, 0x2ab6d,
-    0x2ab78, 0x2ab81, 0x2abac, 0x2abc9, 0x2abd4, 0x2ac05, 0x2ac1c, 0x2ac25, 0x2ac3c, 0x2ac45, 0x2ac5c, 0x2ac81, 0x2ac9c,
-    0x2aca1, 0x2acbc, 0x2acc1, 0x2ad6c, 0x2ad71, 0x2ada8, 0x2adc1, 0x2af8c, 0x2afc2, 0x2afe8, 0x2b001, 0x35e90, 0x35ec1,
-    0x35f1c, 0x35f2d, 0x35ff0, 0x3e401, 0x3e9b8, 0x3e9c1, 0x3eb68, 0x3ec01, 0x3ec1c, 0x3ec4d, 0x3ec60, 0x3ec75, 0x3ec78,
-    0x3ec7d, 0x3eca4, 0x3eca9, 0x3ecdc, 0x3ece1, 0x3ecf4, 0x3ecf9, 0x3ecfc, 0x3ed01, 0x3ed08, 0x3ed0d, 0x3ed14, 0x3ed19,
-    0x3eec8, 0x3ef4d, 0x3f4f8, 0x3f541, 0x3f640, 0x3f649, 0x3f720, 0x3f7c1, 0x3f7f0, 0x3f9c1, 0x3f9d4, 0x3f9d9, 0x3fbf4,
-    0x3fc42, 0x3fc68, 0x3fc85, 0x3fcec, 0x3fd05, 0x3fd6c, 0x3fd99, 0x3fefc, 0x3ff09, 0x3ff20, 0x3ff29, 0x3ff40, 0x3ff49,
-    0x3ff60, 0x3ff69, 0x3ff74, 0x40001, 0x40030, 0x40035, 0x4009c, 0x400a1, 0x400ec, 0x400f1, 0x400f8, 0x400fd, 0x40138,
-    0x40141, 0x40178, 0x40201, 0x403ec, 0x4041e, 0x404d0, 0x40502, 0x405e4, 0x4062a, 0x40630, 0x40a01, 0x40a74, 0x40a81,
-    0x40b44, 0x40b86, 0x40bf0, 0x40c01, 0x40c82, 0x40c90, 0x40cb5, 0x40d06, 0x40d09, 0x40d2a, 0x40d2c, 0x40d41, 0x40dd8,
-    0x40e01, 0x40e78, 0x40e81, 0x40f10, 0x40f21, 0x40f40, 0x40f46, 0x40f58, 0x41001, 0x41278, 0x41282, 0x412a8, 0x412c1,
-    0x41350, 0x41361, 0x413f0, 0x41401, 0x414a0, 0x414c1, 0x41590, 0x415c1, 0x415ec, 0x415f1, 0x4162c, 0x41631, 0x4164c,
-    0x41651, 0x41658, 0x4165d, 0x41688, 0x4168d, 0x416c8, 0x416cd, 0x416e8, 0x416ed, 0x416f4, 0x41701, 0x417d0, 0x41801,
-    0x41cdc, 0x41d01, 0x41d58, 0x41d81, 0x41da0, 0x41e01, 0x41e18, 0x41e1d, 0x41ec4, 0x41ec9, 0x41eec, 0x42001, 0x42018,
-    0x42021, 0x42024, 0x42029, 0x420d8, 0x420dd, 0x420e4, 0x420f1, 0x420f4, 0x420fd, 0x42158, 0x42162, 0x42181, 0x421dc,
-    0x421e6, 0x42201, 0x4227c, 0x4229e, 0x422c0, 0x42381, 0x423cc, 0x423d1, 0x423d8, 0x423ee, 0x42401, 0x4245a, 0x42470,
-    0x42481, 0x424e8, 0x42601, 0x426e0, 0x426f2, 0x426f9, 0x42702, 0x42740, 0x4274a, 0x42801, 0x42804, 0x42841, 0x42850,
-    0x42855, 0x42860, 0x42865, 0x428d8, 0x42902, 0x42924, 0x42981, 0x429f6, 0x429fc, 0x42a01, 0x42a76, 0x42a80, 0x42b01,
-    0x42b20, 0x42b25, 0x42b94, 0x42bae, 0x42bc0, 0x42c01, 0x42cd8, 0x42d01, 0x42d58, 0x42d62, 0x42d81, 0x42dcc, 0x42de2,
-    0x42e01, 0x42e48, 0x42ea6, 0x42ec0, 0x43001, 0x43124, 0x43201, 0x432cc, 0x43301, 0x433cc, 0x433ea, 0x43401, 0x43490,
-    0x434c2, 0x434e8, 0x43502, 0x43529, 0x43598, 0x435bd, 0x43618, 0x43982, 0x439fc, 0x43a01, 0x43aa8, 0x43ac1, 0x43ac8,
-    0x43b09, 0x43b14, 0x43c01, 0x43c76, 0x43c9d, 0x43ca0, 0x43cc1, 0x43d18, 0x43d46, 0x43d54, 0x43dc1, 0x43e08, 0x43ec1,
-    0x43f16, 0x43f30, 0x43f81, 0x43fdc, 0x4400d, 0x440e0, 0x4414a, 0x441c0, 0x441c5, 0x441cc, 0x441d5, 0x441d8, 0x4420d,
-    0x442c0, 0x44341, 0x443a4, 0x443c2, 0x443e8, 0x4440d, 0x4449c, 0x444da, 0x44500, 0x44511, 0x44514, 0x4451d, 0x44520,
-    0x44541, 0x445cc, 0x445d9, 0x445dc, 0x4460d, 0x446cc, 0x44705, 0x44714, 0x44742, 0x44769, 0x4476c, 0x44771, 0x44774,
-    0x44786, 0x447d4, 0x44801, 0x44848, 0x4484d, 0x448b0, 0x448fd, 0x44904, 0x44a01, 0x44a1c, 0x44a21, 0x44a24, 0x44a29,
-    0x44a38, 0x44a3d, 0x44a78, 0x44a7d, 0x44aa4, 0x44ac1, 0x44b7c, 0x44bc2, 0x44be8, 0x44c15, 0x44c34, 0x44c3d, 0x44c44,
-    0x44c4d, 0x44ca4, 0x44ca9, 0x44cc4, 0x44cc9, 0x44cd0, 0x44cd5, 0x44ce8, 0x44cf5, 0x44cf8, 0x44d41, 0x44d44, 0x44d75,
-    0x44d88, 0x44e01, 0x44e28, 0x44e2d, 0x44e30, 0x44e39, 0x44e3c, 0x44e41, 0x44ed8, 0x44edd, 0x44ee0, 0x44f45, 0x44f48,
-    0x44f4d, 0x44f50, 0x45001, 0x450d4, 0x4511d, 0x4512c, 0x45142, 0x45168, 0x4517d, 0x45188, 0x45201, 0x452c0, 0x45311,
-    0x45318, 0x4531d, 0x45320, 0x45342, 0x45368, 0x45601, 0x456bc, 0x45761, 0x45770, 0x45801, 0x458c0, 0x45911, 0x45914,
-    0x45942, 0x45968, 0x45a01, 0x45aac, 0x45ae1, 0x45ae4, 0x45b02, 0x45b28, 0x45b42, 0x45b90, 0x45c01, 0x45c6c, 0x45cc2,
-    0x45cf0, 0x45d01, 0x45d1c, 0x46001, 0x460b0, 0x46281, 0x46382, 0x463cc, 0x463fd, 0x4641c, 0x46425, 0x46428, 0x46431,
-    0x46450, 0x46455, 0x4645c, 0x46461, 0x464c0, 0x464fd, 0x46500, 0x46505, 0x46508, 0x46542, 0x46568, 0x46681, 0x466a0,
-    0x466a9, 0x46744, 0x46785, 0x46788, 0x4678d, 0x46790, 0x46801, 0x46804, 0x4682d, 0x468cc, 0x468e9, 0x468ec, 0x46941,
-    0x46944, 0x46971, 0x46a28, 0x46a75, 0x46a78, 0x46ac1, 0x46be4, 0x46f01, 0x46f84, 0x46fc2, 0x46fe8, 0x47001, 0x47024,
-    0x47029, 0x470bc, 0x47101, 0x47104, 0x47142, 0x471b4, 0x471c9, 0x47240, 0x47401, 0x4741c, 0x47421, 0x47428, 0x4742d,
-    0x474c4, 0x47519, 0x4751c, 0x47542, 0x47568, 0x47581, 0x47598, 0x4759d, 0x475a4, 0x475a9, 0x47628, 0x47661, 0x47664,
-    0x47682, 0x476a8, 0x47b81, 0x47bcc, 0x47c09, 0x47c0c, 0x47c11, 0x47c44, 0x47c49, 0x47cd0, 0x47d42, 0x47d68, 0x47ec1,
-    0x47ec4, 0x47f02, 0x47f54, 0x48001, 0x48e68, 0x49002, 0x491bc, 0x49201, 0x49510, 0x4be41, 0x4bfc4, 0x4c001, 0x4d0c0,
-    0x4d105, 0x4d11c, 0x4d181, 0x50fec, 0x51001, 0x5191c, 0x58401, 0x58478, 0x584c2, 0x584e8, 0x5a001, 0x5a8e4, 0x5a901,
-    0x5a97c, 0x5a982, 0x5a9a8, 0x5a9c1, 0x5aafc, 0x5ab02, 0x5ab28, 0x5ab41, 0x5abb8, 0x5ac01, 0x5acc0, 0x5ad01, 0x5ad10,
-    0x5ad42, 0x5ad68, 0x5ad6e, 0x5ad88, 0x5ad8d, 0x5ade0, 0x5adf5, 0x5ae40, 0x5b501, 0x5b5b4, 0x5b5c2, 0x5b5e8, 0x5b901,
-    0x5ba02, 0x5ba5c, 0x5bc01, 0x5bd2c, 0x5bd41, 0x5bd44, 0x5be4d, 0x5be80, 0x5bf81, 0x5bf88, 0x5bf8d, 0x5bf90, 0x5c001,
-    0x61fe0, 0x62001, 0x63358, 0x633fd, 0x63424, 0x6bfc1, 0x6bfd0, 0x6bfd5, 0x6bff0, 0x6bff5, 0x6bffc, 0x6c001, 0x6c48c,
-    0x6c4c9, 0x6c4cc, 0x6c541, 0x6c54c, 0x6c555, 0x6c558, 0x6c591, 0x6c5a0, 0x6c5c1, 0x6cbf0, 0x6f001, 0x6f1ac, 0x6f1c1,
-    0x6f1f4, 0x6f201, 0x6f224, 0x6f241, 0x6f268, 0x733c2, 0x733e8, 0x74b02, 0x74b50, 0x74b82, 0x74bd0, 0x74d82, 0x74de4,
-    0x75001, 0x75154, 0x75159, 0x75274, 0x75279, 0x75280, 0x75289, 0x7528c, 0x75295, 0x7529c, 0x752a5, 0x752b4, 0x752b9,
-    0x752e8, 0x752ed, 0x752f0, 0x752f5, 0x75310, 0x75315, 0x75418, 0x7541d, 0x7542c, 0x75435, 0x75454, 0x75459, 0x75474,
-    0x75479, 0x754e8, 0x754ed, 0x754fc, 0x75501, 0x75514, 0x75519, 0x7551c, 0x75529, 0x75544, 0x75549, 0x75a98, 0x75aa1,
-    0x75b04, 0x75b09, 0x75b6c, 0x75b71, 0x75bec, 0x75bf1, 0x75c54, 0x75c59, 0x75cd4, 0x75cd9, 0x75d3c, 0x75d41, 0x75dbc,
-    0x75dc1, 0x75e24, 0x75e29, 0x75ea4, 0x75ea9, 0x75f0c, 0x75f11, 0x75f30, 0x75f3a, 0x76000, 0x77c01, 0x77c7c, 0x77c95,
-    0x77cac, 0x780c1, 0x781b8, 0x78401, 0x784b4, 0x784dd, 0x784f8, 0x78502, 0x78528, 0x78539, 0x7853c, 0x78a41, 0x78ab8,
-    0x78b01, 0x78bb0, 0x78bc2, 0x78be8, 0x79341, 0x793b0, 0x793c2, 0x793e8, 0x79741, 0x797b8, 0x797c1, 0x797c6, 0x797ec,
-    0x79f81, 0x79f9c, 0x79fa1, 0x79fb0, 0x79fb5, 0x79fbc, 0x79fc1, 0x79ffc, 0x7a001, 0x7a314, 0x7a31e, 0x7a340, 0x7a401,
-    0x7a510, 0x7a52d, 0x7a530, 0x7a542, 0x7a568, 0x7b1c6, 0x7b2b0, 0x7b2b6, 0x7b2c0, 0x7b2c6, 0x7b2d4, 0x7b406, 0x7b4b8,
-    0x7b4be, 0x7b4f8, 0x7b801, 0x7b810, 0x7b815, 0x7b880, 0x7b885, 0x7b88c, 0x7b891, 0x7b894, 0x7b89d, 0x7b8a0, 0x7b8a5,
-    0x7b8cc, 0x7b8d1, 0x7b8e0, 0x7b8e5, 0x7b8e8, 0x7b8ed, 0x7b8f0, 0x7b909, 0x7b90c, 0x7b91d, 0x7b920, 0x7b925, 0x7b928,
-    0x7b92d, 0x7b930, 0x7b935, 0x7b940, 0x7b945, 0x7b94c, 0x7b951, 0x7b954, 0x7b95d, 0x7b960, 0x7b965, 0x7b968, 0x7b96d,
-    0x7b970, 0x7b975, 0x7b978, 0x7b97d, 0x7b980, 0x7b985, 0x7b98c, 0x7b991, 0x7b994, 0x7b99d, 0x7b9ac, 0x7b9b1, 0x7b9cc,
-    0x7b9d1, 0x7b9e0, 0x7b9e5, 0x7b9f4, 0x7b9f9, 0x7b9fc, 0x7ba01, 0x7ba28, 0x7ba2d, 0x7ba70, 0x7ba85, 0x7ba90, 0x7ba95,
-    0x7baa8, 0x7baad, 0x7baf0, 0x7c402, 0x7c434, 0x7efc2, 0x7efe8, 0x80001, 0xa9b80, 0xa9c01, 0xadce8, 0xadd01, 0xae078,
-    0xae081, 0xb3a88, 0xb3ac1, 0xbaf84, 0xbafc1, 0xbb978, 0xbe001, 0xbe878, 0xc0001, 0xc4d2c, 0xc4d41, 0xc8ec0,
+    0x0,     0x27,    0x38,    0x83,    0x84,    0xc2,    0xe8,    0x105,   0x16c,   0x185,   0x1ec,   0x217,   0x218,
+    0x283,   0x284,   0x2a9,   0x2ac,   0x2ca,   0x2d0,   0x2d5,   0x2d8,   0x2e6,   0x2e9,   0x2ec,   0x2f2,   0x2fc,
+    0x301,   0x35c,   0x361,   0x3dc,   0x3e1,   0xb08,   0xb19,   0xb48,   0xb81,   0xb94,   0xbb1,   0xbb4,   0xbb9,
+    0xbbc,   0xdc1,   0xdd4,   0xdd9,   0xde0,   0xde9,   0xdf8,   0xdfd,   0xe00,   0xe19,   0xe1c,   0xe21,   0xe2c,
+    0xe31,   0xe34,   0xe39,   0xe88,   0xe8d,   0xfd8,   0xfdd,   0x1208,  0x1229,  0x14c0,  0x14c5,  0x155c,  0x1565,
+    0x1568,  0x1581,  0x1624,  0x1741,  0x17ac,  0x17bd,  0x17cc,  0x1881,  0x192c,  0x1982,  0x19a8,  0x19b9,  0x19c0,
+    0x19c5,  0x1b50,  0x1b55,  0x1b58,  0x1b95,  0x1b9c,  0x1bb9,  0x1bc2,  0x1be9,  0x1bf4,  0x1bfd,  0x1c00,  0x1c41,
+    0x1c44,  0x1c49,  0x1cc0,  0x1d35,  0x1e98,  0x1ec5,  0x1ec8,  0x1f02,  0x1f29,  0x1fac,  0x1fd1,  0x1fd8,  0x1fe9,
+    0x1fec,  0x2001,  0x2058,  0x2069,  0x206c,  0x2091,  0x2094,  0x20a1,  0x20a4,  0x2101,  0x2164,  0x2181,  0x21ac,
+    0x21c1,  0x2220,  0x2225,  0x223c,  0x2281,  0x2328,  0x2411,  0x24e8,  0x24f5,  0x24f8,  0x2541,  0x2544,  0x2561,
+    0x2588,  0x259a,  0x25c0,  0x25c5,  0x2604,  0x2615,  0x2634,  0x263d,  0x2644,  0x264d,  0x26a4,  0x26a9,  0x26c4,
+    0x26c9,  0x26cc,  0x26d9,  0x26e8,  0x26f5,  0x26f8,  0x2739,  0x273c,  0x2771,  0x2778,  0x277d,  0x2788,  0x279a,
+    0x27c1,  0x27c8,  0x27d2,  0x27e8,  0x27f1,  0x27f4,  0x2815,  0x282c,  0x283d,  0x2844,  0x284d,  0x28a4,  0x28a9,
+    0x28c4,  0x28c9,  0x28d0,  0x28d5,  0x28dc,  0x28e1,  0x28e8,  0x2965,  0x2974,  0x2979,  0x297c,  0x299a,  0x29c0,
+    0x29c9,  0x29d4,  0x2a15,  0x2a38,  0x2a3d,  0x2a48,  0x2a4d,  0x2aa4,  0x2aa9,  0x2ac4,  0x2ac9,  0x2ad0,  0x2ad5,
+    0x2ae8,  0x2af5,  0x2af8,  0x2b41,  0x2b44,  0x2b81,  0x2b88,  0x2b9a,  0x2bc0,  0x2be5,  0x2be8,  0x2c15,  0x2c34,
+    0x2c3d,  0x2c44,  0x2c4d,  0x2ca4,  0x2ca9,  0x2cc4,  0x2cc9,  0x2cd0,  0x2cd5,  0x2ce8,  0x2cf5,  0x2cf8,  0x2d71,
+    0x2d78,  0x2d7d,  0x2d88,  0x2d9a,  0x2dc0,  0x2dc5,  0x2dca,  0x2de0,  0x2e0d,  0x2e10,  0x2e15,  0x2e2c,  0x2e39,
+    0x2e44,  0x2e49,  0x2e58,  0x2e65,  0x2e6c,  0x2e71,  0x2e74,  0x2e79,  0x2e80,  0x2e8d,  0x2e94,  0x2ea1,  0x2eac,
+    0x2eb9,  0x2ee8,  0x2f41,  0x2f44,  0x2f9a,  0x2fcc,  0x3015,  0x3034,  0x3039,  0x3044,  0x3049,  0x30a4,  0x30a9,
+    0x30e8,  0x30f5,  0x30f8,  0x3161,  0x316c,  0x3175,  0x3178,  0x3181,  0x3188,  0x319a,  0x31c0,  0x31e2,  0x31fc,
+    0x3201,  0x3204,  0x3215,  0x3234,  0x3239,  0x3244,  0x3249,  0x32a4,  0x32a9,  0x32d0,  0x32d5,  0x32e8,  0x32f5,
+    0x32f8,  0x3375,  0x337c,  0x3381,  0x3388,  0x339a,  0x33c0,  0x33c5,  0x33cc,  0x3411,  0x3434,  0x3439,  0x3444,
+    0x3449,  0x34ec,  0x34f5,  0x34f8,  0x3539,  0x353c,  0x3551,  0x355c,  0x3562,  0x357d,  0x3588,  0x359a,  0x35e4,
+    0x35e9,  0x3600,  0x3615,  0x365c,  0x3669,  0x36c8,  0x36cd,  0x36f0,  0x36f5,  0x36f8,  0x3701,  0x371c,  0x379a,
+    0x37c0,  0x3805,  0x38c4,  0x38c9,  0x38d0,  0x3901,  0x391c,  0x3942,  0x3968,  0x3a05,  0x3a0c,  0x3a11,  0x3a14,
+    0x3a19,  0x3a2c,  0x3a31,  0x3a90,  0x3a95,  0x3a98,  0x3a9d,  0x3ac4,  0x3ac9,  0x3ad0,  0x3af5,  0x3af8,  0x3b01,
+    0x3b14,  0x3b19,  0x3b1c,  0x3b42,  0x3b68,  0x3b71,  0x3b80,  0x3c01,  0x3c04,  0x3c82,  0x3cd0,  0x3d01,  0x3d20,
+    0x3d25,  0x3db4,  0x3e21,  0x3e34,  0x4001,  0x40ac,  0x40fd,  0x4102,  0x4128,  0x4141,  0x4158,  0x4169,  0x4178,
+    0x4185,  0x4188,  0x4195,  0x419c,  0x41b9,  0x41c4,  0x41d5,  0x4208,  0x4239,  0x423c,  0x4242,  0x4268,  0x4281,
+    0x4318,  0x431d,  0x4320,  0x4335,  0x4338,  0x4341,  0x43ec,  0x43f1,  0x4924,  0x4929,  0x4938,  0x4941,  0x495c,
+    0x4961,  0x4964,  0x4969,  0x4978,  0x4981,  0x4a24,  0x4a29,  0x4a38,  0x4a41,  0x4ac4,  0x4ac9,  0x4ad8,  0x4ae1,
+    0x4afc,  0x4b01,  0x4b04,  0x4b09,  0x4b18,  0x4b21,  0x4b5c,  0x4b61,  0x4c44,  0x4c49,  0x4c58,  0x4c61,  0x4d6c,
+    0x4da6,  0x4df4,  0x4e01,  0x4e40,  0x4e81,  0x4fd8,  0x4fe1,  0x4ff8,  0x5005,  0x59b4,  0x59bd,  0x5a03,  0x5a05,
+    0x5a6c,  0x5a81,  0x5bac,  0x5bba,  0x5bc5,  0x5be4,  0x5c01,  0x5c48,  0x5c7d,  0x5cc8,  0x5d01,  0x5d48,  0x5d81,
+    0x5db4,  0x5db9,  0x5dc4,  0x5e01,  0x5ed0,  0x5f5d,  0x5f60,  0x5f71,  0x5f74,  0x5f82,  0x5fa8,  0x5fc2,  0x5fe8,
+    0x6042,  0x6068,  0x6081,  0x61e4,  0x6201,  0x6214,  0x621d,  0x62a4,  0x62a9,  0x62ac,  0x62c1,  0x63d8,  0x6401,
+    0x647c,  0x651a,  0x6541,  0x65b8,  0x65c1,  0x65d4,  0x6601,  0x66b0,  0x66c1,  0x6728,  0x6742,  0x676c,  0x6801,
+    0x685c,  0x6881,  0x6954,  0x6a02,  0x6a28,  0x6a42,  0x6a68,  0x6a9d,  0x6aa0,  0x6c15,  0x6cd0,  0x6d15,  0x6d34,
+    0x6d42,  0x6d68,  0x6e0d,  0x6e84,  0x6eb9,  0x6ec2,  0x6ee9,  0x6f98,  0x7001,  0x7090,  0x7102,  0x7128,  0x7135,
+    0x7142,  0x7169,  0x71f8,  0x7201,  0x722c,  0x7241,  0x72ec,  0x72f5,  0x7300,  0x73a5,  0x73b4,  0x73b9,  0x73d0,
+    0x73d5,  0x73dc,  0x73e9,  0x73ec,  0x7401,  0x7700,  0x7801,  0x7c58,  0x7c61,  0x7c78,  0x7c81,  0x7d18,  0x7d21,
+    0x7d38,  0x7d41,  0x7d60,  0x7d65,  0x7d68,  0x7d6d,  0x7d70,  0x7d75,  0x7d78,  0x7d7d,  0x7df8,  0x7e01,  0x7ed4,
+    0x7ed9,  0x7ef4,  0x7ef9,  0x7efc,  0x7f09,  0x7f14,  0x7f19,  0x7f34,  0x7f41,  0x7f50,  0x7f59,  0x7f70,  0x7f81,
+    0x7fb4,  0x7fc9,  0x7fd4,  0x7fd9,  0x7ff4,  0x8003,  0x802c,  0x80a3,  0x80a8,  0x80bf,  0x80c0,  0x817f,  0x8180,
+    0x81c2,  0x81c5,  0x81c8,  0x81d2,  0x81e8,  0x81fd,  0x8202,  0x8228,  0x8241,  0x8274,  0x8409,  0x840c,  0x841d,
+    0x8420,  0x8429,  0x8450,  0x8455,  0x8458,  0x8465,  0x8478,  0x8491,  0x8494,  0x8499,  0x849c,  0x84a1,  0x84a4,
+    0x84a9,  0x84b8,  0x84bd,  0x84e8,  0x84f1,  0x8500,  0x8515,  0x8528,  0x8539,  0x853c,  0x8542,  0x860d,  0x8616,
+    0x8628,  0x9182,  0x9270,  0x93aa,  0x9400,  0x9dda,  0x9e50,  0xb001,  0xb394,  0xb3ad,  0xb3bc,  0xb3c9,  0xb3d0,
+    0xb3f6,  0xb3f8,  0xb401,  0xb498,  0xb49d,  0xb4a0,  0xb4b5,  0xb4b8,  0xb4c1,  0xb5a0,  0xb5bd,  0xb5c0,  0xb601,
+    0xb65c,  0xb681,  0xb69c,  0xb6a1,  0xb6bc,  0xb6c1,  0xb6dc,  0xb6e1,  0xb6fc,  0xb701,  0xb71c,  0xb721,  0xb73c,
+    0xb741,  0xb75c,  0xb761,  0xb77c,  0xb8bd,  0xb8c0,  0xc003,  0xc004,  0xc015,  0xc01e,  0xc020,  0xc086,  0xc0a8,
+    0xc0c5,  0xc0d8,  0xc0e2,  0xc0ed,  0xc0f4,  0xc105,  0xc25c,  0xc275,  0xc280,  0xc285,  0xc3ec,  0xc3f1,  0xc400,
+    0xc415,  0xc4c0,  0xc4c5,  0xc63c,  0xc64a,  0xc658,  0xc681,  0xc700,  0xc7c1,  0xc800,  0xc882,  0xc8a8,  0xc922,
+    0xc940,  0xc946,  0xc980,  0xca02,  0xca28,  0xcac6,  0xcb00,  0xd001,  0x13700, 0x13801, 0x29234, 0x29341, 0x293f8,
+    0x29401, 0x29834, 0x29841, 0x29882, 0x298a9, 0x298b0, 0x29901, 0x299bc, 0x299fd, 0x29a78, 0x29a81, 0x29b9a, 0x29bc0,
+    0x29c5d, 0x29c80, 0x29c89, 0x29e24, 0x29e2d, 0x29f38, 0x29f41, 0x29f48, 0x29f4d, 0x29f50, 0x29f55, 0x29f74, 0x29fc9,
+    0x2a008, 0x2a00d, 0x2a018, 0x2a01d, 0x2a02c, 0x2a031, 0x2a08c, 0x2a0c2, 0x2a0d8, 0x2a101, 0x2a1d0, 0x2a209, 0x2a2d0,
+    0x2a342, 0x2a368, 0x2a3c9, 0x2a3e0, 0x2a3ed, 0x2a3f0, 0x2a3f5, 0x2a3fc, 0x2a402, 0x2a429, 0x2a498, 0x2a4c1, 0x2a51c,
+    0x2a581, 0x2a5f4, 0x2a611, 0x2a6cc, 0x2a73d, 0x2a742, 0x2a768, 0x2a781, 0x2a794, 0x2a799, 0x2a7c2, 0x2a7e9, 0x2a7fc,
+    0x2a801, 0x2a8a4, 0x2a901, 0x2a90c, 0x2a911, 0x2a930, 0x2a942, 0x2a968, 0x2a981, 0x2a9dc, 0x2a9e9, 0x2a9ec, 0x2a9f9,
+    0x2aac0, 0x2aac5, 0x2aac8, 0x2aad5, 0x2aadc, 0x2aae5, 0x2aaf8, 0x2ab01, 0x2ab04, 0x2ab09, 0x2ab0c, 0x2ab6d, 0x2ab78,
+    0x2ab81, 0x2abac, 0x2abc9, 0x2abd4, 0x2ac05, 0x2ac1c, 0x2ac25, 0x2ac3c, 0x2ac45, 0x2ac5c, 0x2ac81, 0x2ac9c, 0x2aca1,
+    0x2acbc, 0x2acc1, 0x2ad6c, 0x2ad71, 0x2ada8, 0x2adc1, 0x2af8c, 0x2afc2, 0x2afe8, 0x2b001, 0x35e90, 0x35ec1, 0x35f1c,
+    0x35f2d, 0x35ff0, 0x3e401, 0x3e9b8, 0x3e9c1, 0x3eb68, 0x3ec01, 0x3ec1c, 0x3ec4d, 0x3ec60, 0x3ec75, 0x3ec78, 0x3ec7d,
+    0x3eca4, 0x3eca9, 0x3ecdc, 0x3ece1, 0x3ecf4, 0x3ecf9, 0x3ecfc, 0x3ed01, 0x3ed08, 0x3ed0d, 0x3ed14, 0x3ed19, 0x3eec8,
+    0x3ef4d, 0x3f4f8, 0x3f541, 0x3f640, 0x3f649, 0x3f720, 0x3f7c1, 0x3f7f0, 0x3f9c1, 0x3f9d4, 0x3f9d9, 0x3fbf4, 0x3fc42,
+    0x3fc68, 0x3fc85, 0x3fcec, 0x3fd05, 0x3fd6c, 0x3fd99, 0x3fefc, 0x3ff09, 0x3ff20, 0x3ff29, 0x3ff40, 0x3ff49, 0x3ff60,
+    0x3ff69, 0x3ff74, 0x40001, 0x40030, 0x40035, 0x4009c, 0x400a1, 0x400ec, 0x400f1, 0x400f8, 0x400fd, 0x40138, 0x40141,
+    0x40178, 0x40201, 0x403ec, 0x4041e, 0x404d0, 0x40502, 0x405e4, 0x4062a, 0x40630, 0x40a01, 0x40a74, 0x40a81, 0x40b44,
+    0x40b86, 0x40bf0, 0x40c01, 0x40c82, 0x40c90, 0x40cb5, 0x40d06, 0x40d09, 0x40d2a, 0x40d2c, 0x40d41, 0x40dd8, 0x40e01,
+    0x40e78, 0x40e81, 0x40f10, 0x40f21, 0x40f40, 0x40f46, 0x40f58, 0x41001, 0x41278, 0x41282, 0x412a8, 0x412c1, 0x41350,
+    0x41361, 0x413f0, 0x41401, 0x414a0, 0x414c1, 0x41590, 0x415c1, 0x415ec, 0x415f1, 0x4162c, 0x41631, 0x4164c, 0x41651,
+    0x41658, 0x4165d, 0x41688, 0x4168d, 0x416c8, 0x416cd, 0x416e8, 0x416ed, 0x416f4, 0x41701, 0x417d0, 0x41801, 0x41cdc,
+    0x41d01, 0x41d58, 0x41d81, 0x41da0, 0x41e01, 0x41e18, 0x41e1d, 0x41ec4, 0x41ec9, 0x41eec, 0x42001, 0x42018, 0x42021,
+    0x42024, 0x42029, 0x420d8, 0x420dd, 0x420e4, 0x420f1, 0x420f4, 0x420fd, 0x42158, 0x42162, 0x42181, 0x421dc, 0x421e6,
+    0x42201, 0x4227c, 0x4229e, 0x422c0, 0x42381, 0x423cc, 0x423d1, 0x423d8, 0x423ee, 0x42401, 0x4245a, 0x42470, 0x42481,
+    0x424e8, 0x42601, 0x426e0, 0x426f2, 0x426f9, 0x42702, 0x42740, 0x4274a, 0x42801, 0x42804, 0x42841, 0x42850, 0x42855,
+    0x42860, 0x42865, 0x428d8, 0x42902, 0x42924, 0x42981, 0x429f6, 0x429fc, 0x42a01, 0x42a76, 0x42a80, 0x42b01, 0x42b20,
+    0x42b25, 0x42b94, 0x42bae, 0x42bc0, 0x42c01, 0x42cd8, 0x42d01, 0x42d58, 0x42d62, 0x42d81, 0x42dcc, 0x42de2, 0x42e01,
+    0x42e48, 0x42ea6, 0x42ec0, 0x43001, 0x43124, 0x43201, 0x432cc, 0x43301, 0x433cc, 0x433ea, 0x43401, 0x43490, 0x434c2,
+    0x434e8, 0x43502, 0x43529, 0x43598, 0x435bd, 0x43618, 0x43982, 0x439fc, 0x43a01, 0x43aa8, 0x43ac1, 0x43ac8, 0x43b09,
+    0x43b14, 0x43c01, 0x43c76, 0x43c9d, 0x43ca0, 0x43cc1, 0x43d18, 0x43d46, 0x43d54, 0x43dc1, 0x43e08, 0x43ec1, 0x43f16,
+    0x43f30, 0x43f81, 0x43fdc, 0x4400d, 0x440e0, 0x4414a, 0x441c0, 0x441c5, 0x441cc, 0x441d5, 0x441d8, 0x4420d, 0x442c0,
+    0x44341, 0x443a4, 0x443c2, 0x443e8, 0x4440d, 0x4449c, 0x444da, 0x44500, 0x44511, 0x44514, 0x4451d, 0x44520, 0x44541,
+    0x445cc, 0x445d9, 0x445dc, 0x4460d, 0x446cc, 0x44705, 0x44714, 0x44742, 0x44769, 0x4476c, 0x44771, 0x44774, 0x44786,
+    0x447d4, 0x44801, 0x44848, 0x4484d, 0x448b0, 0x448fd, 0x44904, 0x44a01, 0x44a1c, 0x44a21, 0x44a24, 0x44a29, 0x44a38,
+    0x44a3d, 0x44a78, 0x44a7d, 0x44aa4, 0x44ac1, 0x44b7c, 0x44bc2, 0x44be8, 0x44c15, 0x44c34, 0x44c3d, 0x44c44, 0x44c4d,
+    0x44ca4, 0x44ca9, 0x44cc4, 0x44cc9, 0x44cd0, 0x44cd5, 0x44ce8, 0x44cf5, 0x44cf8, 0x44d41, 0x44d44, 0x44d75, 0x44d88,
+    0x44e01, 0x44e28, 0x44e2d, 0x44e30, 0x44e39, 0x44e3c, 0x44e41, 0x44ed8, 0x44edd, 0x44ee0, 0x44f45, 0x44f48, 0x44f4d,
+    0x44f50, 0x45001, 0x450d4, 0x4511d, 0x4512c, 0x45142, 0x45168, 0x4517d, 0x45188, 0x45201, 0x452c0, 0x45311, 0x45318,
+    0x4531d, 0x45320, 0x45342, 0x45368, 0x45601, 0x456bc, 0x45761, 0x45770, 0x45801, 0x458c0, 0x45911, 0x45914, 0x45942,
+    0x45968, 0x45a01, 0x45aac, 0x45ae1, 0x45ae4, 0x45b02, 0x45b28, 0x45b42, 0x45b90, 0x45c01, 0x45c6c, 0x45cc2, 0x45cf0,
+    0x45d01, 0x45d1c, 0x46001, 0x460b0, 0x46281, 0x46382, 0x463cc, 0x463fd, 0x4641c, 0x46425, 0x46428, 0x46431, 0x46450,
+    0x46455, 0x4645c, 0x46461, 0x464c0, 0x464fd, 0x46500, 0x46505, 0x46508, 0x46542, 0x46568, 0x46681, 0x466a0, 0x466a9,
+    0x46744, 0x46785, 0x46788, 0x4678d, 0x46790, 0x46801, 0x46804, 0x4682d, 0x468cc, 0x468e9, 0x468ec, 0x46941, 0x46944,
+    0x46971, 0x46a28, 0x46a75, 0x46a78, 0x46ac1, 0x46be4, 0x46f01, 0x46f84, 0x46fc2, 0x46fe8, 0x47001, 0x47024, 0x47029,
+    0x470bc, 0x47101, 0x47104, 0x47142, 0x471b4, 0x471c9, 0x47240, 0x47401, 0x4741c, 0x47421, 0x47428, 0x4742d, 0x474c4,
+    0x47519, 0x4751c, 0x47542, 0x47568, 0x47581, 0x47598, 0x4759d, 0x475a4, 0x475a9, 0x47628, 0x47661, 0x47664, 0x47682,
+    0x476a8, 0x47b81, 0x47bcc, 0x47c09, 0x47c0c, 0x47c11, 0x47c44, 0x47c49, 0x47cd0, 0x47d42, 0x47d68, 0x47ec1, 0x47ec4,
+    0x47f02, 0x47f54, 0x48001, 0x48e68, 0x49002, 0x491bc, 0x49201, 0x49510, 0x4be41, 0x4bfc4, 0x4c001, 0x4d0c0, 0x4d105,
+    0x4d11c, 0x4d181, 0x50fec, 0x51001, 0x5191c, 0x58401, 0x58478, 0x584c2, 0x584e8, 0x5a001, 0x5a8e4, 0x5a901, 0x5a97c,
+    0x5a982, 0x5a9a8, 0x5a9c1, 0x5aafc, 0x5ab02, 0x5ab28, 0x5ab41, 0x5abb8, 0x5ac01, 0x5acc0, 0x5ad01, 0x5ad10, 0x5ad42,
+    0x5ad68, 0x5ad6e, 0x5ad88, 0x5ad8d, 0x5ade0, 0x5adf5, 0x5ae40, 0x5b501, 0x5b5b4, 0x5b5c2, 0x5b5e8, 0x5b901, 0x5ba02,
+    0x5ba5c, 0x5bc01, 0x5bd2c, 0x5bd41, 0x5bd44, 0x5be4d, 0x5be80, 0x5bf81, 0x5bf88, 0x5bf8d, 0x5bf90, 0x5c001, 0x61fe0,
+    0x62001, 0x63358, 0x633fd, 0x63424, 0x6bfc1, 0x6bfd0, 0x6bfd5, 0x6bff0, 0x6bff5, 0x6bffc, 0x6c001, 0x6c48c, 0x6c4c9,
+    0x6c4cc, 0x6c541, 0x6c54c, 0x6c555, 0x6c558, 0x6c591, 0x6c5a0, 0x6c5c1, 0x6cbf0, 0x6f001, 0x6f1ac, 0x6f1c1, 0x6f1f4,
+    0x6f201, 0x6f224, 0x6f241, 0x6f268, 0x733c2, 0x733e8, 0x74b02, 0x74b50, 0x74b82, 0x74bd0, 0x74d82, 0x74de4, 0x75001,
+    0x75154, 0x75159, 0x75274, 0x75279, 0x75280, 0x75289, 0x7528c, 0x75295, 0x7529c, 0x752a5, 0x752b4, 0x752b9, 0x752e8,
+    0x752ed, 0x752f0, 0x752f5, 0x75310, 0x75315, 0x75418, 0x7541d, 0x7542c, 0x75435, 0x75454, 0x75459, 0x75474, 0x75479,
+    0x754e8, 0x754ed, 0x754fc, 0x75501, 0x75514, 0x75519, 0x7551c, 0x75529, 0x75544, 0x75549, 0x75a98, 0x75aa1, 0x75b04,
+    0x75b09, 0x75b6c, 0x75b71, 0x75bec, 0x75bf1, 0x75c54, 0x75c59, 0x75cd4, 0x75cd9, 0x75d3c, 0x75d41, 0x75dbc, 0x75dc1,
+    0x75e24, 0x75e29, 0x75ea4, 0x75ea9, 0x75f0c, 0x75f11, 0x75f30, 0x75f3a, 0x76000, 0x77c01, 0x77c7c, 0x77c95, 0x77cac,
+    0x780c1, 0x781b8, 0x78401, 0x784b4, 0x784dd, 0x784f8, 0x78502, 0x78528, 0x78539, 0x7853c, 0x78a41, 0x78ab8, 0x78b01,
+    0x78bb0, 0x78bc2, 0x78be8, 0x79341, 0x793b0, 0x793c2, 0x793e8, 0x79741, 0x797b8, 0x797c1, 0x797c6, 0x797ec, 0x79f81,
+    0x79f9c, 0x79fa1, 0x79fb0, 0x79fb5, 0x79fbc, 0x79fc1, 0x79ffc, 0x7a001, 0x7a314, 0x7a31e, 0x7a340, 0x7a401, 0x7a510,
+    0x7a52d, 0x7a530, 0x7a542, 0x7a568, 0x7b1c6, 0x7b2b0, 0x7b2b6, 0x7b2c0, 0x7b2c6, 0x7b2d4, 0x7b406, 0x7b4b8, 0x7b4be,
+    0x7b4f8, 0x7b801, 0x7b810, 0x7b815, 0x7b880, 0x7b885, 0x7b88c, 0x7b891, 0x7b894, 0x7b89d, 0x7b8a0, 0x7b8a5, 0x7b8cc,
+    0x7b8d1, 0x7b8e0, 0x7b8e5, 0x7b8e8, 0x7b8ed, 0x7b8f0, 0x7b909, 0x7b90c, 0x7b91d, 0x7b920, 0x7b925, 0x7b928, 0x7b92d,
+    0x7b930, 0x7b935, 0x7b940, 0x7b945, 0x7b94c, 0x7b951, 0x7b954, 0x7b95d, 0x7b960, 0x7b965, 0x7b968, 0x7b96d, 0x7b970,
+    0x7b975, 0x7b978, 0x7b97d, 0x7b980, 0x7b985, 0x7b98c, 0x7b991, 0x7b994, 0x7b99d, 0x7b9ac, 0x7b9b1, 0x7b9cc, 0x7b9d1,
+    0x7b9e0, 0x7b9e5, 0x7b9f4, 0x7b9f9, 0x7b9fc, 0x7ba01, 0x7ba28, 0x7ba2d, 0x7ba70, 0x7ba85, 0x7ba90, 0x7ba95, 0x7baa8,
+    0x7baad, 0x7baf0, 0x7c402, 0x7c434, 0x7efc2, 0x7efe8, 0x80001, 0xa9b80, 0xa9c01, 0xadce8, 0xadd01, 0xae078, 0xae081,
+    0xb3a88, 0xb3ac1, 0xbaf84, 0xbafc1, 0xbb978, 0xbe001, 0xbe878, 0xc0001, 0xc4d2c, 0xc4d41, 0xc8ec0,
 };
 
 std::span<const std::uint32_t> unicode_classes() { return unicode_runs; }

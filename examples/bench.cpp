@@ -232,7 +232,7 @@ int main(int argc, char** argv) {
         }
 
         if (!as_json) {
-            std::cout << bench.name << ' ' << bench.type << ", " << description << '\n';
+            std::cout << bench.name << ' ' << bench.type << ", " << isa << '\n';
             for (std::size_t i = 0; i < read_limit.size(); ++i)
                 std::cout << read_limit[i].first << " threads: read " << read_limit[i].second << " GB/s, int8 "
                           << int8_limit[i].second << " Gop/s, bf16 " << bf16_limit[i].second << " GFLOP/s, f32 "

@@ -117,7 +117,7 @@ int main(int argc, char** argv) {
             drawn.push_back(next.token);
             return static_cast<bool>(std::cout);
         });
-        if (logits) {
+        if (logits && finish != llama3::Finish::stopped) {  // stopped: nobody reads the result, which run() will say
             if (!drawn.empty()) logits->write(session.logits());
             logits->finish();
         }
