@@ -1,6 +1,7 @@
 // §14: what is written is read back, and nothing that differs from convert/FORMAT.md is loaded, with an error that says where and why.
 #include <cstdio>
 #include <fstream>
+#include <map>
 
 namespace {
 namespace model_files {
@@ -11,7 +12,8 @@ namespace d = llama3::detail;
 // Scaled RoPE, a query width that is no multiple of 16 or 64, segments in `down`, two layers, an output matrix of its own.
 Config tiny_config() {
     Config c;
-    c.n_layers = 2, c.dim = 24, c.n_heads = 4, c.n_kv_heads = 2, c.head_dim = 10, c.ffn_dim = 128, c.vocab_size = 300, c.context_length = 512;
+    c.n_layers = 2, c.dim = 24, c.n_heads = 4, c.n_kv_heads = 2, c.head_dim = 10, c.ffn_dim = 128, c.vocab_size = 300,
+    c.context_length = 512;
     c.rope_factor = 8, c.rope_low_freq_factor = 1, c.rope_high_freq_factor = 4, c.rope_original_context = 256;
     c.chat_format = ChatFormat::llama3_1;
     return c;
@@ -27,11 +29,14 @@ struct Image {
     std::uint64_t section(int i) const { return d::load_as<std::uint64_t>(buffer.data() + 24 + 24 * i); }
     std::uint64_t entry(int i) const { return section(2) + 8 + 96 * static_cast<std::uint64_t>(i); }
     template <class T>
-    void put(std::uint64_t offset, T value) { d::store_as(buffer.data() + offset, value); }
+    void put(std::uint64_t offset, T value) {
+        d::store_as(buffer.data() + offset, value);
+    }
     void seal_header() { put(120, d::blake2b(bytes().first(120))); }
     void seal() {  // the checksums of the sections and of the header
         for (std::uint64_t i = 0; i < 4; ++i)
-            put(40 + 24 * i, d::blake2b(bytes().subspan(section(static_cast<int>(i)), d::load_as<std::uint64_t>(buffer.data() + 32 + 24 * i))));
+            put(40 + 24 * i, d::blake2b(bytes().subspan(section(static_cast<int>(i)),
+                                                        d::load_as<std::uint64_t>(buffer.data() + 32 + 24 * i))));
         seal_header();
     }
 };
@@ -50,7 +55,9 @@ Outcome outcome(F&& f) {
     }
     return {};
 }
-Outcome load(std::span<const std::byte> bytes) { return outcome([&] { Model::from_memory(bytes); }); }
+Outcome load(std::span<const std::byte> bytes) {
+    return outcome([&] { Model::from_memory(bytes); });
+}
 
 bool has(const std::string& text, const std::string& part) { return text.find(part) != text.npos; }
 
@@ -62,7 +69,9 @@ std::string temporary_file(std::string_view content) {
     close(file);
     return path;
 }
-std::string_view characters(std::span<const std::byte> bytes) { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
+std::string_view characters(std::span<const std::byte> bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
 
 std::uint64_t hash(const std::string& text) { return d::blake2b(std::as_bytes(std::span(text))); }
 
@@ -72,7 +81,9 @@ TEST_SUITE("core: model files") {
     TEST_CASE("BLAKE2b gives the digests of Python's hashlib around every block border") {
         std::string text;
         for (int i = 0; i < 1000; ++i) text += static_cast<char>(i % 251);
-        const auto first = [&](std::size_t n) { return __builtin_bswap64(hash(text.substr(0, n))); };  // as hexdigest() shows it
+        const auto first = [&](std::size_t n) {
+            return __builtin_bswap64(hash(text.substr(0, n)));
+        };  // as hexdigest() shows it
         CHECK(__builtin_bswap64(hash("abc")) == 0xd8bb14d833d59559);
         CHECK(__builtin_bswap64(hash(std::string(256, 'a'))) == 0x78b03efd0a5ea28b);
         CHECK(first(0) == 0xe4a6a0577479b2b4);
@@ -86,10 +97,10 @@ TEST_SUITE("core: model files") {
     }
 
     TEST_CASE("segments are those of FORMAT.md") {
-        CHECK(d::choose_segments(2048, 32) == 8);   // Llama 3.2 1B
-        CHECK(d::choose_segments(3072, 24) == 8);   // 3B
-        CHECK(d::choose_segments(14336, 0) == 8);   // `down` of 8B
-        CHECK(d::choose_segments(384, 6) == 2);     // 384 = 6 x 64, but 4 does not divide 6 heads
+        CHECK(d::choose_segments(2048, 32) == 8);  // Llama 3.2 1B
+        CHECK(d::choose_segments(3072, 24) == 8);  // 3B
+        CHECK(d::choose_segments(14336, 0) == 8);  // `down` of 8B
+        CHECK(d::choose_segments(384, 6) == 2);    // 384 = 6 x 64, but 4 does not divide 6 heads
         CHECK(d::choose_segments(1024, 4) == 4);
         CHECK(d::choose_segments(128, 0) == 2);
         CHECK(d::choose_segments(72, 9) == 1);
@@ -104,13 +115,16 @@ TEST_SUITE("core: model files") {
             vocabulary.tokens.resize(256);
             vocabulary.tokens.push_back("hello");
             vocabulary.specials = {{290, "<|begin_of_text|>"}, {299, "<|eot_id|>"}};
-            const auto value = [](std::string_view name, int row, std::size_t column) { return static_cast<float>((name.size() * 31 + static_cast<std::size_t>(row) * 7 + column) % 97) - 48; };
+            const auto value = [](std::string_view name, int row, std::size_t column) {
+                return static_cast<float>((name.size() * 31 + static_cast<std::size_t>(row) * 7 + column) % 97) - 48;
+            };
             for (const Format format : formats) {
-                const d::AlignedBuffer image = d::write_model(c, vocabulary, format, "source: a test\n", true, [&](const TensorInfo& t, std::byte* bytes) {
-                    d::encode_tensor(t, bytes, [&](std::string_view name, int row, std::span<float> values) {
-                        for (std::size_t i = 0; i < values.size(); ++i) values[i] = value(name, row, i);
+                const d::AlignedBuffer image =
+                    d::write_model(c, vocabulary, format, "source: a test\n", true, [&](const TensorInfo& t, std::byte* bytes) {
+                        d::encode_tensor(t, bytes, [&](std::string_view name, int row, std::span<float> values) {
+                            for (std::size_t i = 0; i < values.size(); ++i) values[i] = value(name, row, i);
+                        });
                     });
-                });
                 const Model model = Model::from_memory({image.data(), image.size()});
                 model.verify();
                 const Config& r = model.config();
@@ -135,14 +149,17 @@ TEST_SUITE("core: model files") {
                     double worst = 0;
                     for (int row = 0; row < m.rows; ++row)
                         for (int column = 0; column < m.columns; ++column)
-                            worst = std::max(worst, static_cast<double>(std::abs(d::decode_weight(m, row, column) - value(name, row, static_cast<std::size_t>(column)))));
+                            worst = std::max(worst,
+                                             static_cast<double>(std::abs(d::decode_weight(m, row, column) -
+                                                                          value(name, row, static_cast<std::size_t>(column)))));
                     CHECK_MESSAGE(worst <= tolerance, name, " ", format_name(format));
                 };
                 check_matrix(w.embedding, "embedding");
                 check_matrix(w.output, tied ? "embedding" : "output");
                 for (const Layer& layer : w.layers) {
                     const std::string prefix = "layers." + std::to_string(layer.index) + ".";
-                    check_matrix(layer.query, prefix + "query"), check_matrix(layer.key, prefix + "key"), check_matrix(layer.value, prefix + "value");
+                    check_matrix(layer.query, prefix + "query"), check_matrix(layer.key, prefix + "key"),
+                        check_matrix(layer.value, prefix + "value");
                     check_matrix(layer.attention_out, prefix + "attention_out"), check_matrix(layer.gate, prefix + "gate");
                     check_matrix(layer.up, prefix + "up"), check_matrix(layer.down, prefix + "down");
                     CHECK(layer.attention_norm[23] == value(prefix + "attention_norm", 0, 23));
@@ -158,7 +175,8 @@ TEST_SUITE("core: model files") {
     TEST_CASE("mapped, read and in memory a model is the same") {
         const Image image(tiny_config(), Format::q8);
         const std::string path = temporary_file(characters(image.bytes()));
-        const Model mapped = Model::load(path), read = Model::load(path, Model::Loading::read), memory = Model::from_memory(image.bytes());
+        const Model mapped = Model::load(path), read = Model::load(path, Model::Loading::read),
+                    memory = Model::from_memory(image.bytes());
         std::remove(path.c_str());  // a mapping keeps the file
         for (const Model& model : {mapped, read, memory}) {
             model.verify();
@@ -191,18 +209,24 @@ TEST_SUITE("core: model files") {
     TEST_CASE("an image in memory must be aligned") {
         Image image(tiny_config(), Format::f32);
         const Outcome o = load(image.bytes().subspan(8));
-        CHECK(o.text == "model in memory: the image is not aligned (found 8 bytes past, expected a multiple of 64). "
-                        "Copy it into memory from std::aligned_alloc or the like.");
+        CHECK(o.text ==
+              "model in memory: the image is not aligned (found 8 bytes past, expected a multiple of 64). "
+              "Copy it into memory from std::aligned_alloc or the like.");
         CHECK(o.code == Code::argument);
     }
 
     TEST_CASE("missing files, folders and foreign files are named as what they are") {
-        const auto open = [](const std::string& path, Model::Loading loading) { return outcome([&] { Model::load(path, loading); }); };
+        const auto open = [](const std::string& path, Model::Loading loading) {
+            return outcome([&] { Model::load(path, loading); });
+        };
         for (const auto loading : {Model::Loading::map, Model::Loading::read}) {
             Outcome o = open("/nowhere/model.l3", loading);
-            CHECK(o.text == "/nowhere/model.l3: the file cannot be opened (No such file or directory). Give the path of a readable .l3 file.");
+            CHECK(o.text ==
+                  "/nowhere/model.l3: the file cannot be opened (No such file or directory). Give the path of a readable .l3 "
+                  "file.");
             CHECK(o.code == Code::file);
-            CHECK(open("/", loading).text == "/: the file cannot be read (it is a directory). Give the path of a readable .l3 file.");
+            CHECK(open("/", loading).text ==
+                  "/: the file cannot be read (it is a directory). Give the path of a readable .l3 file.");
             CHECK(has(open("/dev/null", loading).text, "/dev/null: the file cannot be read (it is not an ordinary file)"));
             const auto content = [&](std::string_view bytes) {
                 const std::string path = temporary_file(bytes);
@@ -213,10 +237,15 @@ TEST_SUITE("core: model files") {
                 CHECK(result.code == Code::format);
                 return result.text;
             };
-            CHECK(content("") == "this is not an .l3 model file (found at its start nothing, expected 89 6C 6C 61 6D 61 33 0A). Make one with convert/convert.py.");
-            CHECK(has(content(std::string("GGUF\3\0\0\0 and so on", 19)), "(found at its start 47 47 55 46 03 00 00 00, expected 89 6C"));
+            CHECK(content("") ==
+                  "this is not an .l3 model file (found at its start nothing, expected 89 6C 6C 61 6D 61 33 0A). Make one with "
+                  "convert/convert.py.");
+            CHECK(has(content(std::string("GGUF\3\0\0\0 and so on", 19)),
+                      "(found at its start 47 47 55 46 03 00 00 00, expected 89 6C"));
             CHECK(has(content("PK"), "(found at its start 50 4B, expected"));
-            CHECK(content("\x89llama3\n") == "the file is cut short: it ends in its header (found 8 bytes, expected at least 128). Copy or download the file again.");
+            CHECK(content("\x89llama3\n") ==
+                  "the file is cut short: it ends in its header (found 8 bytes, expected at least 128). Copy or download the "
+                  "file again.");
         }
     }
 
@@ -228,9 +257,12 @@ TEST_SUITE("core: model files") {
             if (length == 0) return "at its start nothing";
             if (length < 128) return "its header";
             for (const int i : {0, 1, 2, 3})
-                if (length < sections[static_cast<std::size_t>(i)].offset + sections[static_cast<std::size_t>(i)].bytes) return std::string("its ") + d::section_names[i] + " (found " + std::to_string(length) + " bytes, ";
+                if (length < sections[static_cast<std::size_t>(i)].offset + sections[static_cast<std::size_t>(i)].bytes)
+                    return std::string("its ") + d::section_names[i] + " (found " + std::to_string(length) + " bytes, ";
             for (const TensorInfo& t : model.tensors())
-                if (length < t.offset + t.bytes) return "its tensor " + t.name + " (found " + std::to_string(length) + " bytes, expected at least " + std::to_string(image.bytes().size()) + ")";
+                if (length < t.offset + t.bytes)
+                    return "its tensor " + t.name + " (found " + std::to_string(length) + " bytes, expected at least " +
+                           std::to_string(image.bytes().size()) + ")";
             return "";
         };
         for (std::size_t length = 0; length < image.bytes().size(); length += length < 8192 ? 1 : 61) {
@@ -240,7 +272,8 @@ TEST_SUITE("core: model files") {
         Image longer(image.bytes().size() + 8);
         std::memcpy(longer.buffer.data(), image.buffer.data(), image.bytes().size());
         const std::string n = std::to_string(image.bytes().size()), n8 = std::to_string(image.bytes().size() + 8);
-        CHECK(has(load(longer.bytes()).text, "the file goes on after its end (found " + n8 + ", expected " + n + "). Copy or download the file again."));
+        CHECK(has(load(longer.bytes()).text,
+                  "the file goes on after its end (found " + n8 + ", expected " + n + "). Copy or download the file again."));
     }
 
     TEST_CASE("any changed byte is noticed: in what is parsed at once, elsewhere by verify") {
@@ -256,7 +289,8 @@ TEST_SUITE("core: model files") {
             Outcome o = load(image.bytes());
             if (parsed != !o.text.empty() && !inside(i, tokenizer)) FAIL("byte ", i, ": ", o.text);
             if (o.text.empty()) o = outcome([&] { Model::from_memory(image.bytes()).verify(); });
-            const bool between = i < model.tensors()[0].offset && !parsed && !inside(i, tokenizer) && !inside(i, provenance);  // anything may be there
+            const bool between = i < model.tensors()[0].offset && !parsed && !inside(i, tokenizer) &&
+                                 !inside(i, provenance);  // anything may be there
             if (o.text.empty() && !between) FAIL("byte ", i, " may change unnoticed");
             image.buffer.data()[i] ^= std::byte{16};
         }
@@ -279,7 +313,8 @@ TEST_SUITE("core: model files") {
         CHECK(has(with(0, 'x'), "this is not an .l3 model file (found at its start 78 6C 6C 61 6D 61 33 0A, expected 89"));
         CHECK(has(with(8, 2u), "the file is of another version of the format (found 2, expected 1). Convert the model again"));
         CHECK(has(with(12, 1u), "bytes 12 to 15 should hold nothing (found 1, expected zeros)"));
-        CHECK(has(with(16, size + 64), "the size of the file is not where its last tensor ends (found " + std::to_string(size + 64) + ", expected " + std::to_string(size)));
+        CHECK(has(with(16, size + 64), "the size of the file is not where its last tensor ends (found " +
+                                           std::to_string(size + 64) + ", expected " + std::to_string(size)));
         CHECK(has(with(16, size - 64), "lies outside the file"));
         CHECK(has(with(16, ~0ull), "the size of the file is not where its last tensor ends (found 18446744073709551615"));
         for (int i = 0; i < 4; ++i) {
@@ -310,18 +345,23 @@ TEST_SUITE("core: model files") {
             return load(image.bytes()).text;
         };
         for (const auto& field : d::integer_fields) {
-            CHECK(has(with(field.offset, field.high + 1), std::string(field.name) + " is out of range (found " + std::to_string(field.high + 1) + ", expected "));
+            CHECK(has(with(field.offset, field.high + 1),
+                      std::string(field.name) + " is out of range (found " + std::to_string(field.high + 1) + ", expected "));
             if (field.low > 0) CHECK(has(with(field.offset, field.low - 1), std::string(field.name) + " is out of range"));
-            CHECK(has(with(field.offset, ~0u), std::string(field.name) + " is out of range (found 4294967295, expected 0 to 16777216)"));
+            CHECK(has(with(field.offset, ~0u),
+                      std::string(field.name) + " is out of range (found 4294967295, expected 0 to 16777216)"));
         }
         for (const auto& field : d::real_fields)
-            for (const float value : {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(), 3e38f})
+            for (const float value :
+                 {0.0f, -1.0f, std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(), 3e38f})
                 CHECK(has(with(field.offset, value), std::string(field.name) + " is out of range (found "));
         CHECK(has(with(12, 3), "the key/value heads cannot be shared evenly (found 3, expected a divisor of 4)"));
         CHECK(has(with(16, 11), "the head width is odd (found 11, expected an even number)"));
         CHECK(has(with(40, 1.0f), "the RoPE scaling is off (factor 1) but has parameters (found 1, 4, 256, expected 1, 1, 0)"));
-        CHECK(has(with(44, 4.0f), "the parameters of the RoPE scaling make no sense (found 4, 4, 256, expected low < high, and a context)"));
-        CHECK(has(with(52, 0), "the parameters of the RoPE scaling make no sense (found 1, 4, 0, expected low < high, and a context)"));
+        CHECK(has(with(44, 4.0f),
+                  "the parameters of the RoPE scaling make no sense (found 4, 4, 256, expected low < high, and a context)"));
+        CHECK(has(with(52, 0),
+                  "the parameters of the RoPE scaling make no sense (found 1, 4, 0, expected low < high, and a context)"));
         CHECK(has(with(56, 4), "the chat format is out of range (found 4, expected 0 to 3)"));
         CHECK(has(with(60, 2), "the mark of a tied embedding is out of range (found 2, expected 0 to 1)"));
         CHECK(has(with(64, 2), "attention_out has a wrong number of segments (found 2, expected 1)"));
@@ -332,7 +372,8 @@ TEST_SUITE("core: model files") {
         CHECK(has(with(80, 299), "an end token is out of range (found 264, expected 300 to 299)"));
         CHECK(has(with(88, 300), "an end token is out of range (found 300, expected 265 to 299)"));
         CHECK(has(with(92, 1), "the configuration after its end tokens should hold nothing (found 1, expected zeros)"));
-        CHECK(has(with(127, std::uint8_t{7}), "the configuration after its end tokens should hold nothing (found 7, expected zeros)"));
+        CHECK(has(with(127, std::uint8_t{7}),
+                  "the configuration after its end tokens should hold nothing (found 7, expected zeros)"));
         Image image = good;
         image.put(32, std::uint64_t{120});
         image.seal();
@@ -351,31 +392,65 @@ TEST_SUITE("core: model files") {
         CHECK(has(with(table, 20u), "the tensor table has a wrong size (found 2024, expected 1928)"));
         CHECK(has(with(table, ~0u), "the tensor table has a wrong size"));
         CHECK(has(with(table + 4, 1u), "bytes 4 to 7 of the tensor table should hold nothing"));
-        CHECK(has(with(query + 9, 'Q'), "tensor 2 is not the one that belongs there (found layers.0.Query, expected layers.0.query)"));
-        CHECK(has(with(query, '\0'), "tensor 2 has a damaged name (found other bytes, expected 1 to 39 characters, then zeros)"));
+        CHECK(has(with(query + 9, 'Q'),
+                  "tensor 2 is not the one that belongs there (found layers.0.Query, expected layers.0.query)"));
+        CHECK(
+            has(with(query, '\0'), "tensor 2 has a damaged name (found other bytes, expected 1 to 39 characters, then zeros)"));
         CHECK(has(with(query, '\n'), "tensor 2 has a damaged name"));
         CHECK(has(with(query + 39, 'x'), "tensor 2 has a damaged name"));
-        CHECK(has(with(query + 40, 4u), "tensor layers.0.query has a wrong format (found 4, expected 0 to 3: f32, bf16, q8, q4)"));
+        CHECK(has(with(query + 40, 4u),
+                  "tensor layers.0.query has a wrong format (found 4, expected 0 to 3: f32, bf16, q8, q4)"));
         CHECK(has(with(query + 40, 1u), "tensor layers.0.query has a wrong number of bytes (found "));
         CHECK(has(with(norm + 40, 1u), "tensor layers.0.attention_norm has a wrong format (found 1, expected 0: f32)"));
         CHECK(has(with(query + 44, 1u), "tensor layers.0.query has a wrong number of dimensions (found 1, expected 2)"));
         CHECK(has(with(query + 48, 41ull), "tensor layers.0.query has a wrong number of rows (found 41, expected 40)"));
-        CHECK(has(with(query + 56, 1ull << 40), "tensor layers.0.query has a wrong number of columns (found 1099511627776, expected 24)"));
+        CHECK(has(with(query + 56, 1ull << 40),
+                  "tensor layers.0.query has a wrong number of columns (found 1099511627776, expected 24)"));
         CHECK(has(with(norm + 48, 2ull), "tensor layers.0.attention_norm has a wrong number of rows (found 2, expected 1)"));
         CHECK(has(with(query + 72, 64ull), "tensor layers.0.query has a wrong number of bytes (found 64, expected 3264)"));
         const std::uint64_t place = d::load_as<std::uint64_t>(good.buffer.data() + query + 64);
-        CHECK(has(with(query + 64, place + 64), "tensor layers.0.query is in the wrong place (found " + std::to_string(place + 64) + ", expected " + std::to_string(place) + ")"));
+        CHECK(has(with(query + 64, place + 64), "tensor layers.0.query is in the wrong place (found " +
+                                                    std::to_string(place + 64) + ", expected " + std::to_string(place) + ")"));
         CHECK(has(with(query + 64, place - 64), "tensor layers.0.query is in the wrong place"));
-        CHECK(has(with(good.entry(0) + 64, 0ull), "tensor embedding is in the wrong place (found 0, expected a multiple of 4096, at least "));
+        CHECK(has(with(good.entry(0) + 64, 0ull),
+                  "tensor embedding is in the wrong place (found 0, expected a multiple of 4096, at least "));
         CHECK(has(with(good.entry(0) + 64, ~4095ull), "tensor embedding lies outside the file"));
         CHECK(has(with(out + 88, 2u), "tensor layers.0.attention_out has a wrong number of segments (found 2, expected 1)"));
-        CHECK(has(with(out + 92, 1u), "tensor layers.0.attention_out has a wrong last word in the table (found 1, expected 0)"));
+        CHECK(
+            has(with(out + 92, 1u), "tensor layers.0.attention_out has a wrong last word in the table (found 1, expected 0)"));
 
         Image missing = good, tied = good;
         missing.put(table, 20u), missing.put(80, 8 + 96 * 20ull), missing.seal();
         CHECK(has(load(missing.bytes()).text, "tensor output is missing (found 20 tensors, expected 21)"));
         tied.put(good.section(0) + 60, 1u), tied.seal();
         CHECK(has(load(tied.bytes()).text, "tensor output is one too many (found 21 tensors, expected 20)"));
+    }
+
+    TEST_CASE("formats may be mixed, but not among matrices that meet the same activations") {
+        const Config c = Model::synthetic(tiny_config(), Format::f32).config();
+        const auto with = [&](const std::map<std::string, Format>& formats_of) {
+            std::vector<TensorInfo> tensors = d::required_tensors(c);
+            std::uint64_t end = 4096;
+            for (TensorInfo& t : tensors) {
+                t.format = t.dimensions == 1 ? Format::f32 : formats_of.count(t.name) ? formats_of.at(t.name) : Format::q8;
+                t.offset = d::align(end, 64), t.bytes = d::tensor_bytes(t), end = t.offset + t.bytes;
+            }
+            const std::string table = d::write_table(tensors);
+            return outcome([&] { d::read_table({"a file"}, std::as_bytes(std::span(table)), c, 4096, end); }).text;
+        };
+        CHECK(with({}) == "");
+        CHECK(with({{"embedding", Format::f32},
+                    {"output", Format::q4},
+                    {"layers.1.down", Format::bf16},
+                    {"layers.0.attention_out", Format::q4}}) == "");
+        CHECK(with({{"layers.1.query", Format::bf16}, {"layers.1.key", Format::bf16}, {"layers.1.value", Format::bf16}}) == "");
+        CHECK(with({{"layers.1.key", Format::bf16}}) ==
+              "a file: tensor layers.1.key has another format than layers.1.query (found bf16, expected q8). Convert the model "
+              "again with convert/convert.py.");
+        CHECK(has(with({{"layers.0.value", Format::f32}}),
+                  "tensor layers.0.value has another format than layers.0.key (found f32, expected q8)"));
+        CHECK(has(with({{"layers.1.gate", Format::q4}}),
+                  "tensor layers.1.up has another format than layers.1.gate (found q8, expected q4)"));
     }
 
     TEST_CASE("a wrong tokenizer is refused") {
@@ -392,7 +467,8 @@ TEST_SUITE("core: model files") {
         CHECK(has(with(start, 0u), "the number of tokens is out of range (found 0"));
         CHECK(has(with(start, 300u), "the start of a token is out of range (found "));
         CHECK(with(start, 255u) != "");
-        CHECK(has(with(start + 4, ~0u), "the tokenizer ends in its ids of special tokens (found " + size + " bytes, expected at least 17179"));
+        CHECK(has(with(start + 4, ~0u),
+                  "the tokenizer ends in its ids of special tokens (found " + size + " bytes, expected at least 17179"));
         CHECK(with(start + 4, 43u) != "");
         CHECK(has(with(starts, 1u), "the start of a token is not 0 for the first (found 1, expected 0)"));
         CHECK(has(with(starts + 4, 0u), "the start of a token is out of range (found 0, expected 1 to "));
@@ -438,7 +514,8 @@ TEST_SUITE("core: model files") {
                         d::decode_row(m, row, values.data());
                         CHECK(std::all_of(values.begin(), values.end(), [](float x) { return x == 0; }));
                     }
-                    const double n = static_cast<double>(m.rows) * m.columns, deviation = std::sqrt(squares / n) * std::sqrt(static_cast<double>(m.columns));
+                    const double n = static_cast<double>(m.rows) * m.columns,
+                                 deviation = std::sqrt(squares / n) * std::sqrt(static_cast<double>(m.columns));
                     CHECK(deviation > 0.65);
                     CHECK(deviation < 1.5);
                     CHECK(std::abs(sum / n) * std::sqrt(static_cast<double>(m.columns)) < 0.1);
@@ -469,12 +546,17 @@ TEST_SUITE("core: model files") {
             CHECK(o.code == Code::argument);
             return o.text;
         };
-        CHECK(has(refused([](Config& b) { b.vocab_size = 265; }), "synthetic model: the vocabulary is out of range (found 265, expected 266 to 16777216). Choose another value."));
+        CHECK(has(
+            refused([](Config& b) { b.vocab_size = 265; }),
+            "synthetic model: the vocabulary is out of range (found 265, expected 266 to 16777216). Choose another value."));
         CHECK(has(refused([](Config& b) { b.vocab_size = -1; }), "the vocabulary is out of range (found -1"));
-        CHECK(has(refused([](Config& b) { b.n_heads = 0; }), "configuration: the number of query heads is out of range (found 0, expected 1 to 1024). Choose another value."));
+        CHECK(has(
+            refused([](Config& b) { b.n_heads = 0; }),
+            "configuration: the number of query heads is out of range (found 0, expected 1 to 1024). Choose another value."));
         CHECK(has(refused([](Config& b) { b.n_layers = -5; }), "the number of layers is out of range (found -5"));
         CHECK(has(refused([](Config& b) { b.head_dim = 1 << 30, b.n_heads = 1 << 10; }), "the head width is out of range"));
-        CHECK(has(refused([](Config& b) { b.norm_eps = 0; }), "the epsilon of RMSNorm is out of range (found 0, expected 1e-30 to 1)"));
+        CHECK(has(refused([](Config& b) { b.norm_eps = 0; }),
+                  "the epsilon of RMSNorm is out of range (found 0, expected 1e-30 to 1)"));
     }
 
     TEST_CASE("the plan counts the bytes of the tensors, and asks the device for the rest") {

@@ -26,7 +26,8 @@ std::string error_of(const std::function<void()>& f) {
 
 TEST_SUITE("core: platform") {
     TEST_CASE("buffers are aligned, zeroed, movable, and cost nothing until they are touched") {
-        for (const std::size_t size : {std::size_t{1}, std::size_t{63}, std::size_t{4096}, d::large_buffer - 1, d::large_buffer, d::large_buffer + 1})
+        for (const std::size_t size :
+             {std::size_t{1}, std::size_t{63}, std::size_t{4096}, d::large_buffer - 1, d::large_buffer, d::large_buffer + 1})
             for (const bool dense : {false, true}) {
                 d::AlignedBuffer a(size, dense);
                 CHECK(a.size() == size);
@@ -54,11 +55,13 @@ TEST_SUITE("core: platform") {
     TEST_CASE("memory that the system does not have is refused with the number of bytes") {
         const std::size_t bytes = std::size_t{1} << 60;
         CHECK(error_of([&] { d::AlignedBuffer buffer(bytes); }) ==
-              "memory: the system refused 1152921504606846976 bytes. Choose a smaller context or cache format, or a smaller model.");
+              "memory: the system refused 1152921504606846976 bytes. Choose a smaller context or cache format, or a smaller "
+              "model.");
     }
 
     TEST_CASE("a mapped file and a read one have the same bytes, also where they end off a page") {
-        const std::string path = (std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "/tmp") + std::string("/llama3_platform_") + std::to_string(getpid());
+        const std::string path = (std::getenv("TMPDIR") ? std::getenv("TMPDIR") : "/tmp") + std::string("/llama3_platform_") +
+                                 std::to_string(getpid());
         for (const std::size_t size : {0, 1, 4095, 4096, 4097, 3000000}) {
             std::string content(size, '\0');
             for (std::size_t i = 0; i < size; ++i) content[i] = static_cast<char>(i * 31 >> 3);
@@ -70,11 +73,13 @@ TEST_SUITE("core: platform") {
         }
         std::remove(path.c_str());
         const auto both = [&](const std::string& file) {
-            const std::string mapped = error_of([&] { d::FileMapping mapping(file); }), read = error_of([&] { d::read_file(file); });
+            const std::string mapped = error_of([&] { d::FileMapping mapping(file); }),
+                              read = error_of([&] { d::read_file(file); });
             CHECK(mapped == read);
             return mapped;
         };
-        CHECK(both(path) == path + ": the file cannot be opened (No such file or directory). Give the path of a readable .l3 file.");
+        CHECK(both(path) ==
+              path + ": the file cannot be opened (No such file or directory). Give the path of a readable .l3 file.");
         CHECK(both("/tmp").find("it is a directory") != std::string::npos);
     }
 
@@ -104,7 +109,8 @@ TEST_SUITE("core: platform") {
 #if defined(__x86_64__)
         __builtin_cpu_init();
         CHECK(f.avx2_fma_f16c == (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")));
-        CHECK(f.avx512 == (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")));
+        CHECK(f.avx512 == (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")));
         CHECK(f.avx512_vnni == (f.avx512 && __builtin_cpu_supports("avx512vnni")));
         std::string line, flags;
         for (std::ifstream info("/proc/cpuinfo"); std::getline(info, line);)
@@ -174,15 +180,17 @@ TEST_SUITE("core: platform") {
             CHECK((runs[i - 1] >> 2) < (runs[i] >> 2));
             CHECK((runs[i - 1] & 3) != (runs[i] & 3));
         }
-        const auto of = [&](std::uint32_t code) { return *(std::upper_bound(runs.begin(), runs.end(), code << 2 | 3) - 1) & 3; };
+        const auto of = [&](std::uint32_t code) {
+            return *(std::upper_bound(runs.begin(), runs.end(), code << 2 | 3) - 1) & 3;
+        };
         CHECK(of('a') == 1);
         CHECK(of('7') == 2);
         CHECK(of(' ') == 3);
         CHECK(of('.') == 0);
-        CHECK(of(0x3042) == 1);    // HIRAGANA LETTER A
-        CHECK(of(0x00a0) == 3);    // NO-BREAK SPACE
-        CHECK(of(0x0664) == 2);    // ARABIC-INDIC DIGIT FOUR
-        CHECK(of(0x1f600) == 0);   // GRINNING FACE
+        CHECK(of(0x3042) == 1);   // HIRAGANA LETTER A
+        CHECK(of(0x00a0) == 3);   // NO-BREAK SPACE
+        CHECK(of(0x0664) == 2);   // ARABIC-INDIC DIGIT FOUR
+        CHECK(of(0x1f600) == 0);  // GRINNING FACE
         CHECK(of(0x10ffff) == 0);
     }
 }
