@@ -617,9 +617,10 @@ public:
 namespace llama3 {
 namespace detail {
 
-// `where: what is wrong (found X, expected Y). What to do.`
-[[noreturn]] inline void fail(Code code, const std::string& where, const std::string& what, const std::string& to_do) {
-    throw Error(code, where + ": " + what + ". " + to_do + ".");
+// Every error of the library: `where: what is wrong (found X, expected Y). What to do.`
+[[noreturn]] inline void fail(Code code, const std::string& where, const std::string& what, const std::string& found,
+                              const std::string& expected, const std::string& to_do) {
+    throw Error(code, where + ": " + what + " (found " + found + ", expected " + expected + "). " + to_do + ".");
 }
 
 // fma(a, b, c) = a b + c, rounded once. Where the processor may lack the instruction it is made of exact steps in double: the
@@ -1365,10 +1366,8 @@ struct Tokenizer::Impl {
 
     void check(const char* where, int id) const {
         if (id < 0 || id >= vocab_size)
-            detail::fail(Code::argument, where,
-                         "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
-                             std::to_string(vocab_size - 1) + ")",
-                         "Use ids of this model's vocabulary");
+            detail::fail(Code::argument, where, "a token id is out of range", std::to_string(id),
+                         "0 to " + std::to_string(vocab_size - 1), "Use ids of this model's vocabulary");
     }
 
     std::string_view bytes(int id) const {
@@ -1442,7 +1441,9 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
                                                       std::span<const std::uint32_t> name_starts, std::string_view name_bytes,
                                                       int vocab_size, int begin_token, std::vector<int> end_tokens,
                                                       std::shared_ptr<const void> owner, const std::string& where) {
-    const auto refuse = [&](const std::string& what) { fail(Code::format, where, what, "Convert the model again"); };
+    const auto refuse = [&](const char* what, const std::string& found, const std::string& expected) {
+        fail(Code::format, where, what, found, expected, "Convert the model again");
+    };
     const std::size_t n = rank_starts.size() - 1, m = special_ids.size();
     auto impl = std::make_shared<Tokenizer::Impl>();
     impl->starts = rank_starts;
@@ -1462,8 +1463,11 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
         std::size_t slot = hash & mask;
         for (int probes = 0; impl->slots[slot].rank != no_rank; slot = (slot + 1) & mask) {
             if (impl->slots[slot].tag == tag && impl->token(impl->slots[slot].rank) == token)
-                refuse("tokens " + std::to_string(impl->slots[slot].rank) + " and " + std::to_string(rank) + " are equal");
-            if (++probes == 1000) refuse("the tokens were chosen to collide");  // half full, chance gives a run of some dozens
+                refuse("two tokens are equal", std::to_string(impl->slots[slot].rank) + " and " + std::to_string(rank),
+                       "different bytes");
+            if (++probes == 1000)
+                refuse("the tokens were chosen to collide", "1000 probes",
+                       "some dozens");  // half full, chance gives a run of some dozens
         }
         impl->slots[slot] = {static_cast<std::uint32_t>(rank), tag};
         impl->longest = std::max<std::size_t>(impl->longest, token.size());
@@ -1471,7 +1475,7 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
     for (unsigned byte = 0; byte < 256; ++byte) {
         const char text = static_cast<char>(byte);
         impl->byte_rank[byte] = n == 0 ? no_rank : impl->rank({&text, 1});
-        if (impl->byte_rank[byte] == no_rank) refuse("no token for the single byte " + std::to_string(byte));
+        if (impl->byte_rank[byte] == no_rank) refuse("a single byte has no token", std::to_string(byte), "all 256");
     }
 
     for (std::size_t i = 0; i < m; ++i) {
@@ -1483,13 +1487,13 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
     auto& sorted = impl->by_name;
     std::sort(sorted.begin(), sorted.end(), [&](std::uint32_t a, std::uint32_t b) { return names[a] < names[b]; });
     for (std::size_t i = 1; i < m; ++i)
-        if (names[sorted[i]] == names[sorted[i - 1]]) refuse("two special tokens are called " + std::string(names[sorted[i]]));
+        if (names[sorted[i]] == names[sorted[i - 1]])
+            refuse("two special tokens have one name", std::string(names[sorted[i]]), "different names");
 
     impl->end_tokens.push_back(begin_token);  // to look at all of them
     for (const int id : impl->end_tokens)
         if (id < 0 || id >= vocab_size)
-            refuse("a begin or end token is out of range (found " + std::to_string(id) + ", expected 0 to " +
-                   std::to_string(vocab_size - 1) + ")");
+            refuse("a begin or end token is out of range", std::to_string(id), "0 to " + std::to_string(vocab_size - 1));
     impl->end_tokens.pop_back();
     return impl;
 }
@@ -1500,9 +1504,8 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
 
 std::vector<int> Tokenizer::encode(std::string_view text, Special special) const {
     if (text.size() > 0x7FFFFFFFu)
-        detail::fail(Code::argument, "Tokenizer::encode",
-                     "the text is too long (found " + std::to_string(text.size()) + " bytes, expected less than 2 GiB)",
-                     "Encode it in parts");
+        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", std::to_string(text.size()) + " bytes",
+                     "less than 2 GiB", "Encode it in parts");
     std::string repaired;
     if (!detail::is_utf8(text)) {
         if (detail::append_repaired(repaired, text) < text.size()) repaired += detail::replacement;
@@ -1603,9 +1606,7 @@ namespace detail {
 
 template <class T>
 void check_range(const char* name, T value, bool good, const std::string& expected) {
-    if (!good)
-        fail(Code::argument, name, "the value is out of range (found " + std::to_string(value) + ", expected " + expected + ")",
-             "Choose another value");
+    if (!good) fail(Code::argument, name, "the value is out of range", std::to_string(value), expected, "Choose another value");
 }
 
 Options checked_options(const Config& config, Options options) {
@@ -1613,9 +1614,7 @@ Options checked_options(const Config& config, Options options) {
     check_range("Options::context", options.context, options.context >= 0 && options.context <= most,
                 "1 to " + std::to_string(most) + ", the model's, or 0 for that or 8192");
     if (options.kv != Format::f32 && options.kv != Format::bf16 && options.kv != Format::q8)
-        fail(Code::argument, "Options::kv",
-             std::string("the cache cannot have this format (found ") + (options.kv == Format::q4 ? "q4" : "another number") +
-                 ", expected f32, bf16 or q8)",
+        fail(Code::argument, "Options::kv", "the cache cannot have this format", format_name(options.kv), "f32, bf16 or q8",
              "Choose one of these");
     check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
     check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
@@ -1625,7 +1624,8 @@ Options checked_options(const Config& config, Options options) {
 }
 
 Session::Impl& alive(const std::unique_ptr<Session::Impl>& impl, const char* where) {
-    if (!impl) fail(Code::argument, where, "the session was moved from", "Use the Session that it was moved to");
+    if (!impl)
+        fail(Code::argument, where, "the session was moved from", "an empty one", "a session", "Use the one it was moved to");
     return *impl;
 }
 
@@ -1640,8 +1640,8 @@ public:
     }
     void add(Session::Impl& session, const char* where) {
         if (session.busy)
-            fail(Code::argument, where, "the session is in use: a callback of its own feed(), or twice in one list",
-                 "Wait until the first use has returned");
+            fail(Code::argument, where, "the session is in use", "a call inside its own feed(), or the session twice in a list",
+                 "one use at a time", "Wait until the first has returned");
         session.busy = true;
         sessions_.push_back(&session);
     }
@@ -1654,23 +1654,19 @@ void check_tokens(const Session::Impl& session, std::span<const int> tokens, con
     const int vocabulary = session.model.config().vocab_size;
     for (const int id : tokens)
         if (id < 0 || id >= vocabulary)
-            fail(Code::argument, where,
-                 "a token id is out of range (found " + std::to_string(id) + ", expected 0 to " +
-                     std::to_string(vocabulary - 1) + ")",
-                 "Encode the text with this model's tokenizer");
+            fail(Code::argument, where, "a token id is out of range", std::to_string(id),
+                 "0 to " + std::to_string(vocabulary - 1), "Encode the text with this model's tokenizer");
     const std::size_t room = static_cast<std::size_t>(session.options.context) - session.tokens.size();
     if (tokens.size() > room)
-        fail(Code::context, where,
-             "the tokens do not fit into the context of " + std::to_string(session.options.context) + " (found " +
-                 std::to_string(tokens.size()) + " after " + std::to_string(session.tokens.size()) + ", expected at most " +
-                 std::to_string(room) + ")",
-             "Feed fewer, rewind(), or set a larger Options::context");
+        fail(Code::context, where, "the tokens do not fit into the context of " + std::to_string(session.options.context),
+             std::to_string(tokens.size()) + " after " + std::to_string(session.tokens.size()),
+             "at most " + std::to_string(room), "Feed fewer, rewind(), or set a larger Options::context");
 }
 
 [[noreturn]] void fail_cancelled(Session::Impl& session, const char* where) {
     session.cancel = false;
-    fail(Code::cancelled, where, "cancelled; the session still holds " + std::to_string(session.tokens.size()) + " tokens",
-         "Call it again to go on");
+    fail(Code::cancelled, where, "the call was cancelled", "a cancel()", "none",
+         "Call it again to go on from the " + std::to_string(session.tokens.size()) + " tokens that the session holds");
 }
 
 // Cannot fail, so that a session changes as a whole or not at all. `tokens` may be part of session.tokens, which stays put.
@@ -1687,7 +1683,7 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
     in_use.add(session, where);
     check_tokens(session, tokens, where);
     if (tokens.empty() && !session.has_logits)
-        fail(Code::argument, where, "there are no logits to go on from (found 0 tokens, expected at least 1)",
+        fail(Code::argument, where, "there are no logits to go on from", "0 tokens", "at least 1",
              "Feed the begin token at least");
     if (session.cancel) fail_cancelled(session, where);
 
@@ -1734,15 +1730,17 @@ void Session::feed(std::span<const int> tokens, const std::function<void(int, st
 
 void Session::feed_together(std::span<Session* const> sessions, std::span<const int> tokens) {
     const char* where = "Session::feed_together";
-    const auto refuse = [&](const std::string& what) {
-        detail::fail(Code::argument, where, what, "Pass one token for each of several sessions with the same Options");
+    const auto refuse = [&](const char* what, const std::string& found, const std::string& expected) {
+        detail::fail(Code::argument, where, what, found, expected,
+                     "Pass one token for each of several sessions with the same Options");
     };
     if (sessions.size() != tokens.size())
-        refuse("there are " + std::to_string(sessions.size()) + " sessions and " + std::to_string(tokens.size()) + " tokens");
+        refuse("every session needs one token", std::to_string(tokens.size()) + " tokens",
+               std::to_string(sessions.size()) + ", as there are sessions");
     detail::InUse in_use(sessions.size());
     std::vector<Impl*> impls;
     for (std::size_t i = 0; i < sessions.size(); ++i) {
-        if (!sessions[i]) refuse("session " + std::to_string(i) + " is a null pointer");
+        if (!sessions[i]) refuse("a session is missing", "a null pointer at " + std::to_string(i), "a session");
         Impl& session = detail::alive(sessions[i]->impl_, where);
         in_use.add(session, where);
         detail::check_tokens(session, tokens.subspan(i, 1), where);
@@ -1751,7 +1749,8 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
         const bool same_model = &session.model.impl() == &impls[0]->model.impl();
         const bool same_team = a.device == b.device && a.threads == b.threads && a.ranks == b.ranks && a.isa == b.isa;
         if (!same_model || !same_team || a.kv != b.kv)
-            refuse("session " + std::to_string(i) + " has another model, device, kv, threads, ranks or isa than the first");
+            refuse("sessions differ", "another model, device, kv, threads, ranks or isa at " + std::to_string(i),
+                   "those of the first");
     }
     for (Impl* session : impls)
         if (session->cancel) detail::fail_cancelled(*session, where);
@@ -1810,7 +1809,7 @@ float largest(std::span<const float> logits, const char* where) {
     float best = -std::numeric_limits<float>::infinity();
     for (const float logit : logits) best = logit > best ? logit : best;
     if (std::find(logits.begin(), logits.end(), best) == logits.end())
-        fail(Code::argument, where, "there is no logit that is a number (found " + std::to_string(logits.size()) + " others)",
+        fail(Code::argument, where, "there is no logit that is a number", std::to_string(logits.size()) + " others", "some",
              "Check the model: its weights may be damaged");
     return best;
 }
@@ -2004,18 +2003,21 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
                              const ChatStyle& style, bool answer) {
     const char* where = "render_chat";
     if (format == ChatFormat::none)
-        fail(Code::argument, where, "the model has no chat format (found none, expected llama3, llama3.1 or llama3.2)",
+        fail(Code::argument, where, "the model has no chat format", "none", "llama3, llama3.1 or llama3.2",
              "Use generate() with plain text, or convert an instruction-tuned model");
     const bool hf = style.kind == ChatStyle::Kind::hf, hf_tools = hf && format != ChatFormat::llama3;
     if (!hf_tools && !(style.tools.empty() && style.date.empty()))
         fail(Code::argument, where, "this chat style has no place for tools and a date",
+             style.date.empty() ? "tools" : "a date", "neither",
              "Use ChatStyle::Kind::hf with a model of Llama 3.1 or later, or write them into a message");
 
     std::vector<int> ids = {tokenizer.begin_token()};
-    const auto refuse = [&](const std::string& what, const char* to_do) { fail(Code::argument, where, what, to_do); };
+    const auto refuse = [&](const char* what, const std::string& found, const char* expected, const char* to_do) {
+        fail(Code::argument, where, what, found, expected, to_do);
+    };
     const auto special = [&](const char* name) {
         ids.push_back(tokenizer.special(name));
-        if (ids.back() < 0) refuse(std::string("the model has no token ") + name, "Convert it with the right chat format");
+        if (ids.back() < 0) refuse("the model lacks a token", "none", name, "Convert it with the right chat format");
     };
     const auto text = [&](std::string_view content) {
         const std::vector<int> encoded = tokenizer.encode(content);
@@ -2024,7 +2026,7 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
     const auto header = [&](const std::string& role) {
         constexpr const char* allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.";
         if (role.empty() || role.find_first_not_of(allowed) != role.npos)
-            refuse("a role is not a name (found " + json_string(role) + ", expected letters, digits, _, - and .)",
+            refuse("a role is not a name", json_string(role), "letters, digits, _, - and .",
                    "Use system, user, assistant or ipython");
         special("<|start_header_id|>"), text(role), special("<|end_header_id|>");
     };
@@ -2058,15 +2060,15 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
         std::string content = hf_tools && result ? json_string(m.content) : m.content;
         if (hf || format == ChatFormat::llama3) content = strip(content);
         if (!tools.empty() && m.role != "user")
-            refuse("the tools belong to the first message (found that of " + json_string(m.role) + ", expected the user's)",
+            refuse("the tools belong to the first message", "that of " + json_string(m.role), "the user's",
                    "Let the user begin");
         if ((m.python_tag || m.end_of_message) && m.role != "assistant")
-            refuse("a message calls a tool (found that of " + json_string(m.role) + ", expected the assistant's)",
+            refuse("a message calls a tool", "that of " + json_string(m.role), "the assistant's",
                    "Clear python_tag and end_of_message");
         message(result ? "ipython" : m.role, std::exchange(tools, "") + content, m.python_tag,
                 m.end_of_message ? "<|eom_id|>" : "<|eot_id|>");
     }
-    if (answer && !tools.empty()) refuse("the tools belong to the user's first message (found none)", "Let the user begin");
+    if (answer && !tools.empty()) refuse("the tools belong to the user's first message", "none", "one", "Let the user begin");
     if (answer) header("assistant"), text("\n\n");
     return ids;
 }
@@ -2131,9 +2133,8 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
         }
     }
     if (prompt.size() >= context)
-        detail::fail(Code::context, "Chat::say",
-                     "the conversation does not fit into the context (found " + std::to_string(prompt.size()) +
-                         " tokens, expected at most " + std::to_string(context - 1) + ")",
+        detail::fail(Code::context, "Chat::say", "the conversation does not fit into the context",
+                     std::to_string(prompt.size()) + " tokens", "at most " + std::to_string(context - 1),
                      "Shorten the message, or set a larger Options::context");
 
     const auto cached = session_.tokens();
@@ -2402,7 +2403,7 @@ Format format_from_name(std::string_view name) {
     known += " " #id;
     LLAMA3_FORMATS(LLAMA3_X)
 #undef LLAMA3_X
-    detail::fail(Code::argument, "format", "unknown name (found '" + std::string(name) + "', expected one of" + known + ")",
+    detail::fail(Code::argument, "format", "unknown name", "'" + std::string(name) + "'", "one of" + known,
                  "Choose one of these");
 }
 
@@ -3216,9 +3217,8 @@ const Kernels& choose_kernels(const std::string& wanted) {
         if (name.empty() || name == choice.kernels->name) return *choice.kernels;
         available += (available.empty() ? "" : ", ") + std::string(choice.kernels->name);
     }
-    fail(Code::device, wanted.empty() ? "LLAMA3_ISA" : "instruction set",
-         "this machine cannot run it (found '" + name + "', expected one of " + available + ")",
-         "Choose one of these, or none for the best");
+    fail(Code::device, wanted.empty() ? "LLAMA3_ISA" : "instruction set", "this machine cannot run it", "'" + name + "'",
+         "one of " + available, "Choose one of these, or none for the best");
 }
 
 }  // namespace detail
@@ -3735,11 +3735,10 @@ void check_ranks(const Config& config, int ranks, int available) {
             if (r == ranks) return;
             possible += (possible.empty() ? "" : ", ") + std::to_string(r);
         }
-    fail(Code::argument, "ranks",
-         std::to_string(ranks) + " ranks cannot share " + std::to_string(config.n_heads) + " query and " +
-             std::to_string(config.n_kv_heads) + " key/value heads on this device (found " + std::to_string(ranks) +
-             ", expected " + possible + ")",
-         "Use one of these");
+    fail(Code::argument, "Options::ranks",
+         "they cannot share " + std::to_string(config.n_heads) + " query and " + std::to_string(config.n_kv_heads) +
+             " key/value heads on this device",
+         std::to_string(ranks), possible, "Use one of these");
 }
 
 }  // namespace detail
@@ -3885,7 +3884,7 @@ struct Check {
 
     template <class Found, class Expected>
     [[noreturn]] void bad(const std::string& what, const Found& found, const Expected& expected) const {
-        fail(code, where, to_text(what, " (found ", found, ", expected ", expected, ")"), to_do);
+        fail(code, where, what, to_text(found), to_text(expected), to_do);
     }
     template <class T>
     void equal(const std::string& what, const char* problem, T found, T expected) const {
@@ -4470,13 +4469,13 @@ std::string system_error() {
 #endif
 }
 
-[[noreturn]] void fail_file(const std::string& path, const std::string& what, const std::string& why,
+[[noreturn]] void fail_file(const std::string& path, const std::string& what, const std::string& found,
                             const char* to_do = "Give the path of a readable .l3 file") {
-    fail(Code::file, path, what + " (" + why + ")", to_do);
+    fail(Code::file, path, what, found, "a readable file", to_do);
 }
 
 [[noreturn]] void fail_memory(std::size_t bytes) {
-    fail(Code::memory, "memory", "the system refused " + std::to_string(bytes) + " bytes",
+    fail(Code::memory, "memory", "the system has not enough", "less", std::to_string(bytes) + " bytes",
          "Choose a smaller context or cache format, or a smaller model");
 }
 
@@ -4571,8 +4570,8 @@ public:
             return;
         }
         const std::string why = !known ? system_error()
-                                : S_ISDIR(status.st_mode) ? "it is a directory"
-                                                          : "it is not an ordinary file";
+                                : S_ISDIR(status.st_mode) ? "a directory"
+                                                          : "no ordinary file";
         ::close(descriptor_);
         fail_file(path, "the file cannot be read", why);
     }

@@ -71,8 +71,8 @@ failed=0
 # check NAME COMMAND...: runs it with its output in build/logs/NAME.log, and adds the test cases that the log reports: doctest's and
 # unittest's, one for each of meson's tests that died without a report, and one for a command that reports none.
 check() {
-    name=$1
-    log=$root/build/logs/$(printf '%s' "$1" | tr ' ,' '__').log
+    label=$1
+    log=$root/build/logs/$(printf '%s' "$1" | tr -d , | tr ' ' _).log
     shift
     start=$(date +%s)
     "$@" >"$log" 2>&1 </dev/null
@@ -99,7 +99,7 @@ check() {
     passed=$((passed + good))
     failed=$((failed + bad))
     if [ $status -eq 0 ]; then mark='ok    '; else mark='FAILED'; fi
-    printf '%s  %-28s %5d passed, %d failed  (%d s)\n' "$mark" "$name" "$good" "$bad" $(($(date +%s) - start))
+    printf '%s  %-28s %5d passed, %d failed  (%d s)\n' "$mark" "$label" "$good" "$bad" $(($(date +%s) - start))
     [ $status -eq 0 ] || { sed 's/^/    /' "$log" | tail -60; echo "    ... all of it is in $log"; }
     return $status
 }
@@ -136,7 +136,7 @@ if [ $all = yes ]; then
         mkdir -p "build/corpus/$name"
         seeds=tests/fuzz/corpus/${name#fuzz_}
         [ -d "$seeds" ] || seeds=
-        check "$name, 20 s" "build/$name" -max_total_time=20 -rss_limit_mb=4096 -print_final_stats=1 \
+        check "$name for 20 s" "build/$name" -max_total_time=20 -rss_limit_mb=4096 -print_final_stats=1 \
             -artifact_prefix=build/logs/ "build/corpus/$name" $seeds
     done
 fi

@@ -427,11 +427,11 @@ TEST_CASE("a vocabulary with equal tokens, equal names, a missing byte or a wron
     std::string message;
     test::Vocabulary vocabulary = test::byte_vocabulary({"ab", "cd", "ab"});
     CHECK(code_of([&] { test::make_tokenizer(vocabulary); }, &message) == Code::format);
-    CHECK(message.find("test vocabulary: tokens 256 and 258 are equal") == 0);
+    CHECK(message.find("test vocabulary: two tokens are equal (found 256 and 258,") == 0);
     vocabulary = test::byte_vocabulary();
     vocabulary.tokens[7] = "seven";
     CHECK(code_of([&] { test::make_tokenizer(vocabulary); }, &message) == Code::format);
-    CHECK(message.find("single byte 7") != std::string::npos);
+    CHECK(message.find("a single byte has no token (found 7,") != std::string::npos);
     vocabulary = test::byte_vocabulary();
     vocabulary.specials[3] = vocabulary.specials[8];
     CHECK(code_of([&] { test::make_tokenizer(vocabulary); }, &message) == Code::format);

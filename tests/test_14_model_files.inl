@@ -222,12 +222,12 @@ TEST_SUITE("core: model files") {
         for (const auto loading : {Model::Loading::map, Model::Loading::read}) {
             Outcome o = open("/nowhere/model.l3", loading);
             CHECK(o.text ==
-                  "/nowhere/model.l3: the file cannot be opened (No such file or directory). Give the path of a readable .l3 "
+                  "/nowhere/model.l3: the file cannot be opened (found No such file or directory, expected a readable file). Give the path of a readable .l3 "
                   "file.");
             CHECK(o.code == Code::file);
             CHECK(open("/", loading).text ==
-                  "/: the file cannot be read (it is a directory). Give the path of a readable .l3 file.");
-            CHECK(has(open("/dev/null", loading).text, "/dev/null: the file cannot be read (it is not an ordinary file)"));
+                  "/: the file cannot be read (found a directory, expected a readable file). Give the path of a readable .l3 file.");
+            CHECK(has(open("/dev/null", loading).text, "/dev/null: the file cannot be read (found no ordinary file, expected a readable file)"));
             const auto content = [&](std::string_view bytes) {
                 const std::string path = temporary_file(bytes);
                 Outcome result = open(path, loading);
@@ -475,7 +475,7 @@ TEST_SUITE("core: model files") {
         CHECK(has(with(starts + 8, ~0u), "the start of a token is out of range (found 4294967295, expected 2 to "));
         CHECK(has(with(starts + 4 * 255, 256u), "the start of a token is out of range (found 256, expected 257 to "));
         CHECK(has(with(starts + 4 * 256, 257u), "the tokenizer after its tokens should hold nothing"));
-        CHECK(has(with(bytes, '"'), "tokens 0 and 1 are equal"));
+        CHECK(has(with(bytes, '"'), "two tokens are equal (found 0 and 1, expected different bytes)"));
         CHECK(has(with(ids, 255u), "the id of a special token is out of range (found 255, expected 256 to 299)"));
         CHECK(has(with(ids, 257u), "the id of a special token is out of range (found 257, expected 258 to 299)"));
         CHECK(has(with(ids + 4 * 43, 300u), "the id of a special token is out of range (found 300, expected 299 to 299)"));

@@ -55,7 +55,7 @@ TEST_SUITE("core: platform") {
     TEST_CASE("memory that the system does not have is refused with the number of bytes") {
         const std::size_t bytes = std::size_t{1} << 60;
         CHECK(error_of([&] { d::AlignedBuffer buffer(bytes); }) ==
-              "memory: the system refused 1152921504606846976 bytes. Choose a smaller context or cache format, or a smaller "
+              "memory: the system has not enough (found less, expected 1152921504606846976 bytes). Choose a smaller context or cache format, or a smaller "
               "model.");
     }
 
@@ -79,8 +79,8 @@ TEST_SUITE("core: platform") {
             return mapped;
         };
         CHECK(both(path) ==
-              path + ": the file cannot be opened (No such file or directory). Give the path of a readable .l3 file.");
-        CHECK(both("/tmp").find("it is a directory") != std::string::npos);
+              path + ": the file cannot be opened (found No such file or directory, expected a readable file). Give the path of a readable .l3 file.");
+        CHECK(both("/tmp").find("found a directory") != std::string::npos);
     }
 
     TEST_CASE("files leave no descriptor open, whether they open or fail") {
