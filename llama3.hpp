@@ -20,7 +20,7 @@
 //         return 1;
 //     }
 //
-// Build it with: g++ -std=c++20 -O2 -fopenmp program.cpp          No -m flag is needed, and none changes a result.
+// Build it with: g++ -std=c++20 -O2 -fopenmp program.cpp (or -pthread). No -m flag is needed, and none changes a result.
 //
 // Routes through this file
 //     use it (5 minutes)                     §1
@@ -52,7 +52,8 @@
 //     §15 Platform                            memory mapping, CPU features, Unicode classes
 //
 // Shape letters, used in every comment: T tokens in this call, D model width, H query heads, K key/value heads, E head width,
-// F feed-forward width, V vocabulary, P positions in the cache, R ranks. Arrays are row-major, the last index runs fastest.
+// F feed-forward width, V vocabulary, L layers, P positions in the cache, G query heads that share a key/value head, R ranks.
+// Arrays are row-major, the last index runs fastest.
 
 #ifndef LLAMA3_HPP
 #define LLAMA3_HPP
@@ -71,6 +72,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace llama3 {
@@ -80,8 +82,9 @@ namespace llama3 {
 // ═══ §1  Public API ════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
 // A Model is a loaded file: immutable, cheap to copy, shared by any number of threads. A Session is one sequence of tokens with
-// its key/value cache: it belongs to one thread at a time. A Chat is a Session that speaks the chat format. Everything that can
-// fail throws Error and leaves its object as it was before the call. The library never prints, exits or keeps global state.
+// its key/value cache: it belongs to one thread at a time. A Chat is a Session that speaks the chat format. What fails throws
+// Error, or std::bad_alloc; a Model, a Session and the messages of a Chat are then as they were before the call (generate() keeps
+// what it had fed). The library never prints, exits or keeps global state.
 
 struct Config;
 struct Weights;
@@ -212,7 +215,7 @@ private:
 };
 
 std::shared_ptr<Device> cpu();                                     // this machine's processor
-std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh, which must be linked in
+std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh: not in this version yet
 
 struct Options {
     std::shared_ptr<Device> device;  // nullptr: cpu()
@@ -357,6 +360,7 @@ private:
     std::vector<Message> messages_;
     Finish finish_ = Finish::end_token;
     int restarts_ = 0;
+    bool busy_ = false;  // a say() is running
 };
 
 // ═══ §2  Data ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -541,7 +545,7 @@ public:
 // The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
 std::shared_ptr<Device> reference();
 
-// How ranks meet (§13): in the sum at the end of project_out and of down, and when logits are gathered.
+// How ranks meet (§13; this version runs one rank): in the sum at the end of project_out and of down, and when logits are gathered.
 class Communicator {
 public:
     virtual ~Communicator() = default;
@@ -558,9 +562,14 @@ public:
 
 #endif  // LLAMA3_HPP
 
-#ifdef LLAMA3_IMPLEMENTATION
+#if defined(LLAMA3_IMPLEMENTATION) && (defined(LLAMA3_KERNELS) || !defined(LLAMA3_IMPLEMENTED))
+#define LLAMA3_IMPLEMENTED  // once, however often the header is included
 
-#ifdef __FAST_MATH__
+#if !defined(__GNUC__)
+#error "llama3.hpp: the implementation needs g++ 11, clang 14, or a later one of these."
+#endif
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
 #error "llama3.hpp: compile the file that defines LLAMA3_IMPLEMENTATION without -ffast-math (-Ofast): results would change."
 #endif
 
@@ -570,17 +579,17 @@ public:
 #include <array>
 #include <atomic>
 #include <bit>
+#include <cerrno>
+#include <cfloat>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
-#include <unordered_map>
-#include <utility>
+#include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -599,20 +608,26 @@ public:
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
 #endif
 
 // The order of arithmetic is part of the specification (bits are equal across compilers and flags), so a compiler must not fuse
 // a product and a sum that the text keeps apart. Every fused multiply-add that is wanted is written as one.
 #if defined(__clang__)
+#pragma float_control(push)
 #pragma clang fp contract(off)
-#elif defined(__GNUC__)
+#else
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
 #endif
+static_assert(FLT_EVAL_METHOD == 0, "llama3.hpp: floats must be rounded to float: compile with -msse2 -mfpmath=sse.");
+
+#pragma push_macro("min")  // windows.h, included before without NOMINMAX, makes macros of these
+#pragma push_macro("max")
+#undef min
+#undef max
 
 namespace llama3 {
 namespace detail {
@@ -676,6 +691,14 @@ inline float sum_lanes(const float* lanes) {
     return sums[0];
 }
 
+// splitmix64 (Steele, Lea and Flood, 2014): as fast as memory, and random enough for weights.
+inline std::uint64_t next_random(std::uint64_t& state) {
+    std::uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+}
+
 // Natural logarithm in double, for x > 0: x = 2^n m with m in [√½, √2), log m = 2 atanh((m - 1) / (m + 1)) by its series.
 inline double log(double x) {
     std::uint64_t bits = std::bit_cast<std::uint64_t>(x);
@@ -697,7 +720,7 @@ inline double exp64(double x) {
     return series * std::bit_cast<double>(static_cast<std::uint64_t>(1023 + static_cast<long long>(n)) << 52);
 }
 
-// cos and sin of an angle up to 2^17 or so, in double: quarter turns are taken off in two parts (the first has 33 bits, so that
+// cos and sin of an angle up to 2^20, in double: quarter turns are taken off in two parts (the first has 33 bits, so that
 // its product with their number is exact), then Taylor's series on [-π/4, π/4].
 inline void cos_sin(double angle, double& cosine, double& sine) {
     const double n = static_cast<double>(static_cast<long long>(angle * 0.63661977236758134 + (angle < 0 ? -0.5 : 0.5)));
@@ -717,15 +740,6 @@ inline void cos_sin(double angle, double& cosine, double& sine) {
 
 }  // namespace detail
 }  // namespace llama3
-
-#include <cerrno>
-#include <system_error>
-#include <type_traits>
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#include <cpuid.h>
-#elif defined(_M_X64)
-#include <intrin.h>
-#endif
 
 // What the sections before §15 use of it: defined there.
 namespace llama3 {
@@ -867,7 +881,7 @@ std::vector<float> rope_frequencies(const Config& config) {
     const double log_theta = log(static_cast<double>(config.rope_theta));
     for (std::size_t i = 0; i < frequencies.size(); ++i) {
         const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
-        float frequency = 1 / static_cast<float>(exp64(exponent * log_theta));
+        float frequency = 1 / static_cast<float>(exp64(static_cast<double>(exponent) * log_theta));
         if (config.rope_factor != 1) {
             const float wavelength = 6.28318530717958648f / frequency,
                         context = static_cast<float>(config.rope_original_context);
@@ -1011,6 +1025,7 @@ void attend_reference(float* out, const float* query, const ReferenceCache& cach
 struct OwnedTensor {
     std::vector<float> memory;
     Tensor tensor;
+    OwnedTensor(const OwnedTensor&) = delete;  // tensor points into memory
     OwnedTensor(int rows, int columns) {
         tensor = {nullptr, rows, columns, static_cast<std::size_t>(round_up(columns, 64))};
         memory.resize(static_cast<std::size_t>(rows) * tensor.stride);
@@ -1036,8 +1051,9 @@ public:
     std::string describe() const override { return "reference loops, one thread"; }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
         const FloatEnvironment environment;
+        cancel_ = cancel;
         forward(*this, model_.weights(), {x_.tensor, query_.tensor, mixed_.tensor, hidden_.tensor, logits_.tensor}, batch);
-        return !(cancel && cancel->load());
+        return !stopped();
     }
 
     void embed(Tensor x, const Matrix& table, const Batch& batch) override {
@@ -1046,6 +1062,7 @@ public:
     }
 
     void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) override {
+        if (stopped()) return;
         const int head_dim = config_.head_dim;
         std::vector<float> h(x.stride), key(static_cast<std::size_t>(layer.key.rows)), value(key.size()),
             turns(static_cast<std::size_t>(head_dim));
@@ -1066,6 +1083,7 @@ public:
     }
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
+        if (stopped()) return;
         const int shared = config_.n_heads / config_.n_kv_heads;  // query heads h of one group read key/value head h / shared
         for (int t = 0; t < n_tokens_; ++t)
             for (int head = 0; head < config_.n_heads; ++head) {
@@ -1079,6 +1097,7 @@ public:
     void project_out(Tensor x, Tensor mixed, const Layer& layer) override { add_linear(x, layer.attention_out, mixed); }
 
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
+        if (stopped()) return;
         std::vector<float> h(x.stride), up(static_cast<std::size_t>(config_.ffn_dim));
         for (int t = 0; t < n_tokens_; ++t) {
             rmsnorm(h.data(), x.row(t), layer.ffn_norm, config_.dim, config_.norm_eps);
@@ -1092,6 +1111,7 @@ public:
     void down(Tensor x, Tensor hidden, const Layer& layer) override { add_linear(x, layer.down, hidden); }
 
     void logits(Tensor logits, Tensor x, const Weights& weights, const Batch& batch) override {
+        if (stopped()) return;
         std::vector<float> h(x.stride);
         int row = 0;
         for (int t = 0; t < n_tokens_; ++t) {
@@ -1102,7 +1122,9 @@ public:
     }
 
 private:
+    bool stopped() const { return cancel_ && cancel_->load(); }
     void add_linear(Tensor x, const Matrix& w, Tensor input) {
+        if (stopped()) return;
         std::vector<float> y(static_cast<std::size_t>(w.rows));
         for (int t = 0; t < n_tokens_; ++t) {
             linear(y.data(), w, input.row(t));
@@ -1114,6 +1136,7 @@ private:
     Config config_;
     Options options_;
     int rows_, n_tokens_ = 0;
+    const std::atomic<bool>* cancel_ = nullptr;
     std::vector<float> frequencies_;
     OwnedTensor x_, query_, mixed_, hidden_, logits_;
 };
@@ -1219,7 +1242,7 @@ bool is_utf8(std::string_view text) {
 //     (?i:'s|'t|'re|'ve|'m|'ll|'d)       1  contractions
 //     [^\r\n\p{L}\p{N}]?\p{L}+           2  letters, with one other character before them
 //     \p{N}{1,3}                         3  up to three digits
-//     ?[^\s\p{L}\p{N}]+[\r\n]*           4  (a space and) anything else, with the line ends after it
+//     [ ]?[^\s\p{L}\p{N}]+[\r\n]*        4  (a space and) anything else, with the line ends after it
 //     \s*[\r\n]+                         5  whitespace up to the last line end of its run
 //     \s+(?!\S)                          6  whitespace, all but the last of its run unless the text ends with it
 //     \s+                                7  what remains: one whitespace character
@@ -1503,14 +1526,14 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
 // ── The public classes ──
 
 std::vector<int> Tokenizer::encode(std::string_view text, Special special) const {
-    if (text.size() > 0x7FFFFFFFu)
-        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", std::to_string(text.size()) + " bytes",
-                     "less than 2 GiB", "Encode it in parts");
     std::string repaired;
     if (!detail::is_utf8(text)) {
         if (detail::append_repaired(repaired, text) < text.size()) repaired += detail::replacement;
         text = repaired;
     }
+    if (text.size() > 0x7FFFFFFFu)
+        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", std::to_string(text.size()) + " bytes",
+                     "less than 2 GiB", "Encode it in parts");
     std::vector<int> ids;
     ids.reserve(text.size() / 4 + 8);
     std::size_t begin = 0;  // of the ordinary text before the next special token, which is encoded on its own
@@ -1618,7 +1641,7 @@ Options checked_options(const Config& config, Options options) {
              "Choose one of these");
     check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
     check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
-    check_range("Options::chunk", options.chunk, options.chunk >= 1, "1 or more");
+    check_range("Options::chunk", options.chunk, options.chunk >= 1 && options.chunk <= 65536, "1 to 65536");
     if (options.context == 0) options.context = std::min<int>(most, 8192);
     return options;
 }
@@ -1802,8 +1825,6 @@ void Session::reset_cancel() noexcept {
 
 namespace detail {
 
-std::uint64_t next_random(std::uint64_t& state);  // §14: splitmix64
-
 // NaN is no logit. The largest may be infinite: +inf beats all others, and -inf means that they are all equally unlikely.
 float largest(std::span<const float> logits, const char* where) {
     float best = -std::numeric_limits<float>::infinity();
@@ -1815,7 +1836,7 @@ float largest(std::span<const float> logits, const char* where) {
 }
 
 // e^((logit - best) / temperature): the probability relative to that of the best. In double, where products and sums are
-// exact enough without fma, which a processor may have to imitate: exp() (§2) would take ten times as long then.
+// exact enough without fma, which a processor may have to imitate: exp() would take ten times as long then.
 float relative_probability(float logit, float best, float temperature) {
     if (logit == best) return 1;
     const double x = static_cast<double>((logit - best) / temperature);
@@ -1952,7 +1973,12 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
         const bool end = !options.ignore_end && tokenizer.is_end(token), full = session.position() == session.context();
         std::string text = stream.push(token);
         if (end || full || drawn + 1 == options.max_tokens) text += stream.finish();
+        const int position = session.position();
         const bool go_on = !on_token || on_token({token, text, session.logits()});
+        if (session.position() != position)
+            detail::fail(Code::argument, "generate", "the callback changed its session",
+                         std::to_string(session.position()) + " tokens", std::to_string(position),
+                         "Change it between two calls");
         if (!full && !feed({&token, 1})) return Finish::cancelled;
         if (end) return Finish::end_token;
         if (!go_on) return Finish::stopped;
@@ -1975,7 +2001,7 @@ std::string_view strip(std::string_view text) {
     while (end > begin) {
         std::size_t last = end - 1;
         while (last > begin && end - last < 4 && (text[last] & 0xC0) == 0x80) --last;  // to the first byte of the character
-        if (!is_space(last, length)) break;
+        if (!is_space(last, length) || last + length != end) break;
         end = last;
     }
     return text.substr(begin, end - begin);
@@ -2101,6 +2127,14 @@ std::string Chat::say(std::string_view text, const std::function<bool(std::strin
 // The whole conversation is rendered each time, which costs little beside a forward pass, and what the cache holds of it
 // already is kept. So each prompt is exactly render_chat(messages()), after an answer that was cut, an error or a restart too.
 std::string Chat::say(Message message, const std::function<bool(std::string_view)>& on_text) {
+    if (busy_)
+        detail::fail(Code::argument, "Chat::say", "the chat is in use", "a call inside its own callback", "one at a time",
+                     "Wait until the answer has ended");
+    struct Busy {
+        bool& flag;
+        explicit Busy(bool& f) : flag(f) { flag = true; }
+        ~Busy() { flag = false; }
+    } const busy(busy_);
     const Model& model = session_.model();
     const ChatStyle& style = options_.style;
     const auto context = static_cast<std::size_t>(session_.context());
@@ -2237,6 +2271,17 @@ struct BF16 {
     }
 };
 
+// The rule of q8, for a block of weights and for a group of up to 32 channels in a q8 cache. Returns the fp16 scale.
+inline std::uint16_t quantise_channels(const float* x, int n, std::int8_t* bytes) {
+    std::uint32_t bits = 0;
+    for (int i = 0; i < n; ++i) bits = std::max(bits, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
+    const bool finite = bits < 0x7f800000u;
+    const float scale = finite ? std::bit_cast<float>(bits) / 127 : 0, inverse = scale > smallest_scale ? 1 / scale : 0;
+    for (int i = 0; i < n; ++i)
+        bytes[i] = static_cast<std::int8_t>(finite ? std::clamp(round_away(x[i] * inverse), -127, 127) : 0);
+    return finite ? to_fp16(scale) : std::uint16_t{0x7e00};  // infinity or NaN in: NaN out
+}
+
 // weight = byte * scale. A unit is 16 vectors of [16 rows][4 columns], then [2 blocks][16 rows] scales.
 struct Q8 {
     static constexpr Format format = Format::q8;
@@ -2253,14 +2298,11 @@ struct Q8 {
     static void encode(const float* rows, std::size_t stride, std::byte* unit) {
         for (int r = 0; r < panel_rows; ++r)
             for (int block = 0; block < 2; ++block) {
+                std::int8_t bytes[block_columns];
                 const float* x = rows + static_cast<std::size_t>(r) * stride + block * block_columns;
-                float largest = 0;
-                for (int c = 0; c < block_columns; ++c) largest = std::max(largest, x[c] < 0 ? -x[c] : x[c]);
-                const float scale = largest / 127, inverse = scale > smallest_scale ? 1 / scale : 0;
-                store_as(unit + 64 * vectors + 32 * block + 2 * r, to_fp16(scale));
+                store_as(unit + 64 * vectors + 32 * block + 2 * r, quantise_channels(x, block_columns, bytes));
                 for (int c = 0; c < block_columns; ++c)
-                    unit[64 * (8 * block + c / 4) + 4 * r + c % 4] =
-                        static_cast<std::byte>(std::clamp(round_away(x[c] * inverse), -127, 127));
+                    unit[64 * (8 * block + c / 4) + 4 * r + c % 4] = static_cast<std::byte>(bytes[c]);
             }
     }
 };
@@ -2291,7 +2333,8 @@ struct Q4 {
                 const float scale = extreme / -8, inverse = scale > smallest_scale || scale < -smallest_scale ? 1 / scale : 0;
                 store_as(unit + 64 * vectors + 32 * block + 2 * r, to_fp16(extreme == 0 ? 0.0f : scale));
                 for (int c = 0; c < block_columns; ++c) {
-                    const int nibble = std::clamp(static_cast<int>(x[c] * inverse + 8.5f), 0, 15);
+                    const float value = x[c] * inverse + 8.5f;
+                    const int nibble = value >= 0 && value < 16 ? static_cast<int>(value) : value >= 16 ? 15 : 0;  // NaN: 0
                     unit[64 * (4 * block + c / 8) + 4 * r + c % 4] |= static_cast<std::byte>(c % 8 < 4 ? nibble : nibble << 4);
                 }
             }
@@ -2364,17 +2407,6 @@ float quantise_group(const float* x, std::int8_t* bytes) {
         bytes[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(rounded) - std::bit_cast<std::int32_t>(round));
     }
     return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
-}
-
-// A group of up to 32 channels of a key or value, as a q8 cache stores it: the rule of Q8. Returns the fp16 scale.
-inline std::uint16_t quantise_channels(const float* x, int n, std::int8_t* bytes) {
-    std::uint32_t bits = 0;
-    for (int i = 0; i < n; ++i) bits = std::max(bits, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
-    const bool finite = bits < 0x7f800000u;
-    const float scale = finite ? std::bit_cast<float>(bits) / 127 : 0, inverse = scale > smallest_scale ? 1 / scale : 0;
-    for (int i = 0; i < n; ++i)
-        bytes[i] = static_cast<std::int8_t>(finite ? std::clamp(round_away(x[i] * inverse), -127, 127) : 0);
-    return finite ? to_fp16(scale) : std::uint16_t{0x7e00};  // infinity or NaN in: NaN out
 }
 
 void round_trip_channels(Format format, float* to, const float* from, int n) {
@@ -2498,8 +2530,10 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 
 // Any processor: SSE2, or what the compiler makes of vectors of 4.
 #define LLAMA3_KERNELS baseline
+#define LLAMA3_WIDTH 4
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
 
 #if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))  // mingw's GCC misaligns wide spills
 #define LLAMA3_X86_KERNELS 1
@@ -3260,7 +3294,7 @@ public:
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
             arrived_.store(0, std::memory_order_relaxed);
             f();
-            phase_.store(phase + 1, std::memory_order_release);
+            phase_.store(phase + 1);  // a full fence: notify_all() must not look for sleepers before it
             phase_.notify_all();
         } else {
             wait_for_change(phase_, phase);
@@ -3269,8 +3303,8 @@ public:
 
 private:
     int threads_ = 1;
-    std::atomic<int> arrived_{0};
-    std::atomic<std::uint32_t> phase_{0};
+    alignas(64) std::atomic<int> arrived_{0};  // apart: those who wait read the one, those who come write the other
+    alignas(64) std::atomic<std::uint32_t> phase_{0};
 };
 
 #ifdef _OPENMP
@@ -3308,7 +3342,7 @@ public:
     }
     ~Team() {
         stop_ = true;
-        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.fetch_add(1);
         epoch_.notify_all();
         for (std::thread& member : members_) member.join();
     }
@@ -3320,7 +3354,7 @@ public:
         task_ = [](const void* context, int thread, int threads) { (*static_cast<const F*>(context))(thread, threads); };
         context_ = &f;
         working_.store(static_cast<std::uint32_t>(threads_ - 1), std::memory_order_relaxed);
-        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.fetch_add(1);
         epoch_.notify_all();
         f(0, threads_);
         for (std::uint32_t left = working_.load(std::memory_order_acquire); left != 0;
@@ -3335,7 +3369,7 @@ private:
             ++epoch;
             if (stop_) return;
             task_(context_, thread, threads_);
-            working_.fetch_sub(1, std::memory_order_release);
+            working_.fetch_sub(1);
             working_.notify_all();
         }
     }
@@ -3708,6 +3742,9 @@ public:
 private:
     static Options with_threads(Options options) {
         if (options.threads == 0) options.threads = usable_cpus();
+#ifdef _OPENMP
+        if (options.threads == usable_cpus()) options.threads = std::min(options.threads, omp_get_max_threads());
+#endif
         return options;
     }
 };
@@ -4308,14 +4345,6 @@ void encode_tensor(const TensorInfo& t, std::byte* bytes, const FillRow& fill_ro
     }
 }
 
-// splitmix64 (Steele, Lea and Flood, 2014): as fast as memory, and random enough for weights.
-std::uint64_t next_random(std::uint64_t& state) {
-    std::uint64_t z = state += 0x9e3779b97f4a7c15;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-}
-
 // Weights of standard deviation 1 / √columns, drawn as bits of the format. Only for shapes that need no filling up.
 void random_panels(const TensorInfo& t, std::byte* bytes, std::uint64_t& state) {
     const double deviation = 1 / std::sqrt(static_cast<double>(t.columns));
@@ -4341,6 +4370,10 @@ void random_panels(const TensorInfo& t, std::byte* bytes, std::uint64_t& state) 
 
 // A file of random weights. Segments, begin and end tokens are set here, whatever the configuration says.
 AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool checksums) {
+    const FloatEnvironment environment;
+    if (unit_columns(format) == 0)
+        fail(Code::argument, "Model::synthetic", "the format is unknown", std::to_string(static_cast<std::uint32_t>(format)),
+             "f32, bf16, q8 or q4", "Choose one of these");
     const Check check{"synthetic model", choose_another, Code::argument};
     check.range("the vocabulary", c.vocab_size, 266, 1 << 24);  // 256 bytes and the special tokens up to <|eot_id|>
     const Vocabulary vocabulary = synthetic_vocabulary(c.vocab_size);
@@ -4438,8 +4471,7 @@ void Model::verify() const {
 }
 
 MemoryPlan Model::plan(const Options& options) const {
-    Options o = options;
-    if (o.context == 0) o.context = std::min(impl_->config.context_length, 8192);
+    Options o = detail::checked_options(impl_->config, options);
     if (!o.device) o.device = cpu();
     MemoryPlan plan;
     for (const TensorInfo& t : impl_->tensors) plan.weights_bytes += t.bytes;
@@ -4561,7 +4593,7 @@ public:
                    : -1;
     }
 #else
-    explicit File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+    explicit File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
         if (descriptor_ < 0) fail_file(path, "the file cannot be opened", system_error());
         struct stat status;
         const bool known = fstat(descriptor_, &status) == 0;
@@ -4569,9 +4601,7 @@ public:
             size_ = static_cast<std::uint64_t>(status.st_size);
             return;
         }
-        const std::string why = !known ? system_error()
-                                : S_ISDIR(status.st_mode) ? "a directory"
-                                                          : "no ordinary file";
+        const std::string why = !known ? system_error() : S_ISDIR(status.st_mode) ? "a directory" : "no ordinary file";
         ::close(descriptor_);
         fail_file(path, "the file cannot be read", why);
     }
@@ -4635,16 +4665,7 @@ CpuFeatures cpu_features() {
     CpuFeatures features;
 #if defined(__x86_64__) || defined(_M_X64)
     std::uint32_t a, b, c, d;
-    const auto query = [&](std::uint32_t leaf, std::uint32_t subleaf) {
-#if defined(_MSC_VER) && !defined(__clang__)
-        int registers[4];
-        __cpuidex(registers, static_cast<int>(leaf), static_cast<int>(subleaf));
-        a = static_cast<std::uint32_t>(registers[0]), b = static_cast<std::uint32_t>(registers[1]);
-        c = static_cast<std::uint32_t>(registers[2]), d = static_cast<std::uint32_t>(registers[3]);
-#else
-        __cpuid_count(leaf, subleaf, a, b, c, d);
-#endif
-    };
+    const auto query = [&](std::uint32_t leaf, std::uint32_t subleaf) { __cpuid_count(leaf, subleaf, a, b, c, d); };
     const auto has = [](std::uint32_t bits, int bit) { return (bits >> bit & 1) != 0; };
     query(0, 0);
     const std::uint32_t leaves = a;
@@ -4653,12 +4674,8 @@ CpuFeatures cpu_features() {
     if (!has(c, 27)) return features;  // no OSXSAVE: the system saves no wide registers
     const bool avx_fma_f16c = has(c, 28) && has(c, 12) && has(c, 29);
     // XCR0: the state that the system saves when it switches threads. Bits 1, 2: xmm and ymm; 5 to 7: masks and zmm.
-#if defined(_MSC_VER) && !defined(__clang__)
-    const auto saved = static_cast<std::uint32_t>(_xgetbv(0));
-#else
     std::uint32_t saved, high;
     __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-#endif
     query(7, 0);
     const std::uint32_t subleaves = a;
     features.avx2_fma_f16c = avx_fma_f16c && (saved & 0x06) == 0x06 && has(b, 5);
@@ -4845,9 +4862,20 @@ std::span<const std::uint32_t> unicode_classes() { return unicode_runs; }
 }  // namespace detail
 }  // namespace llama3
 
-#if defined(__GNUC__) && !defined(__clang__)
+#pragma pop_macro("min")
+#pragma pop_macro("max")
+#if defined(__clang__)
+#pragma float_control(pop)
+#else
 #pragma GCC pop_options
 #endif
+#undef LLAMA3_STRING_
+#undef LLAMA3_STRING
+#undef LLAMA3_UNROLL
+#undef LLAMA3_TARGET_BEGIN
+#undef LLAMA3_TARGET_END
+#undef LLAMA3_INLINE
+#undef LLAMA3_X86_KERNELS
 
 #endif  // LLAMA3_KERNELS
 #endif  // LLAMA3_IMPLEMENTATION
