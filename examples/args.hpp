@@ -1,7 +1,7 @@
 // The flag parser that all programs share. A program binds each flag to a variable whose value is the default:
 //
 //     Args args("-p TEXT [flags]", "Completes a text.");
-//     args.add("--temp NUMBER", temperature, "sampling temperature (0.6)", 0);    // at least 0
+//     args.add("--temp NUMBER", temperature, "sampling temperature (0.6)", {0});  // at least 0
 //     args.add("--json", json, "print one JSON object");                          // bool: a switch
 //     args.parse(argc, argv);
 //
@@ -20,6 +20,7 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "llama3.hpp"
@@ -39,18 +40,25 @@ inline std::string json_text(std::string_view text) {
 }
 
 // parse_value reads a flag's text and returns what it expected where that is something else. Overload it for other types.
-inline std::string parse_value(std::string_view text, std::string& value, double) { return value = text, ""; }
+struct Range {  // of a number; of the length of a text
+    double least = -std::numeric_limits<double>::infinity(), most = std::numeric_limits<double>::infinity();
+};
 
-inline std::string parse_value(std::string_view, bool& value, double) { return value = true, ""; }  // a switch
+inline std::string parse_value(std::string_view text, std::string& value, Range range) {
+    if (static_cast<double>(text.size()) < range.least) return "something";
+    return value = text, "";
+}
 
-inline std::string parse_value(std::string_view text, llama3::Format& format, double) {
+inline std::string parse_value(std::string_view, bool& value, Range) { return value = true, ""; }  // a switch
+
+inline std::string parse_value(std::string_view text, llama3::Format& format, Range) {
     for (const auto known : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8, llama3::Format::q4})
         if (text == llama3::format_name(known)) return format = known, "";
     return "f32, bf16, q8 or q4";
 }
 
 template <class Number>
-requires std::is_arithmetic_v<Number> std::string parse_value(std::string_view text, Number& value, double least) {
+requires std::is_arithmetic_v<Number> std::string parse_value(std::string_view text, Number& value, Range range) {
     const std::string copy(text);
     bool good = false;
     Number number{};
@@ -62,18 +70,21 @@ requires std::is_arithmetic_v<Number> std::string parse_value(std::string_view t
         const auto [end, error] = std::from_chars(copy.data(), copy.data() + copy.size(), number);
         good = error == std::errc() && end == copy.data() + copy.size();
     }
-    if (good && static_cast<double>(number) >= least) return value = number, "";
+    const auto shown = [](double limit) { return std::to_string(static_cast<long long>(limit)); };
+    if (good && static_cast<double>(number) >= range.least && static_cast<double>(number) <= range.most)
+        return value = number, "";
     std::string expected = std::is_integral_v<Number> ? "a whole number" : "a number";
-    if (std::isfinite(least)) expected += " of at least " + std::to_string(static_cast<long long>(least));
+    if (std::isfinite(range.least)) expected += " of at least " + shown(range.least);
+    if (std::isfinite(range.most)) expected += " and at most " + shown(range.most);
     return expected;
 }
 
 template <class Value>
-std::string parse_value(std::string_view text, std::vector<Value>& values, double least) {  // 1,2,3
+std::string parse_value(std::string_view text, std::vector<Value>& values, Range range) {  // 1,2,3
     values.clear();
     for (std::size_t from = 0; from <= text.size();) {
         const std::size_t comma = std::min(text.find(',', from), text.size());
-        const std::string expected = parse_value(text.substr(from, comma - from), values.emplace_back(), least);
+        const std::string expected = parse_value(text.substr(from, comma - from), values.emplace_back(), range);
         if (!expected.empty()) return expected + ", or several separated by commas";
         from = comma + 1;
     }
@@ -81,8 +92,8 @@ std::string parse_value(std::string_view text, std::vector<Value>& values, doubl
 }
 
 template <class Value>
-std::string parse_value(std::string_view text, std::optional<Value>& value, double least) {
-    return parse_value(text, value.emplace(), least);
+std::string parse_value(std::string_view text, std::optional<Value>& value, Range range) {
+    return parse_value(text, value.emplace(), range);
 }
 
 class Args {
@@ -91,9 +102,9 @@ public:
 
     // spec: the flag's names and what its value is called, "-n, --predict N"; without a dash it is a plain argument, "M".
     template <class Value>
-    void add(const std::string& spec, Value& value, std::string help, double least = -std::numeric_limits<double>::infinity()) {
+    void add(const std::string& spec, Value& value, std::string help, Range range = {}) {
         Flag flag{
-            {}, "", spec, std::move(help), [&value, least](std::string_view text) { return parse_value(text, value, least); }};
+            {}, "", spec, std::move(help), [&value, range](std::string_view text) { return parse_value(text, value, range); }};
         for (std::size_t from = 0, end = 0; end < spec.size(); from = spec.find_first_not_of(", ", end)) {
             end = std::min(spec.find_first_of(", ", from), spec.size());
             (spec[from] == '-' ? flag.names.emplace_back() : flag.value) = spec.substr(from, end - from);
@@ -110,6 +121,7 @@ public:
             if (word == "-h" || word == "--help") usage();
             Flag* flag = find(word.empty() || word[0] != '-' ? plain : word);
             if (flag == nullptr) wrong(word, "no such flag", json_text(word), "one that --help lists");
+            if (std::exchange(flag->given, true)) wrong(word, "given twice", json_text(word), "it once");
             if (flag->names[0] == plain) flag->names[0] = "taken";
             else if (!flag->value.empty() && ++i == argc)
                 wrong(word, "its value is missing", "the end of the line", flag->value);
@@ -133,6 +145,7 @@ private:
         std::string value;  // what the value is called; empty: a switch
         std::string spec, help;
         std::function<std::string(std::string_view)> set;  // returns what it expected
+        bool given = false;
     };
     static constexpr const char* plain = "";  // the name of a plain argument
 

@@ -170,31 +170,36 @@ int main(int argc, char** argv) {
               "limits: bytes that a decode reads (weights and the used part of the cache) of the read rate, matrix operations "
               "of a prefill\n"
               "(attention not counted) of the multiply rate for the weights' type. Medians of the repetitions.");
-    std::string model_path, synthetic, device_name = "cpu";
+    std::string model_path, synthetic;
+    DeviceName device_name;
+    CacheFormat kv;
+    std::optional<llama3::Format> asked_type;
     llama3::Options options;
-    llama3::Format type = llama3::Format::q8;
     int prompt = 512, predict = 128, repetitions = 5;
     std::vector<int> threads = {0}, batches = {1}, depths = {0};
     bool as_json = false;
-    args.add("-m, --model M", model_path, "model, an .l3 file (the demo model)");
+    args.add("-m, --model M", model_path, "model, an .l3 file (the demo model)", {1});
     args.add("--synthetic NAME", synthetic,
              "random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or llama-3.1-70b");
-    args.add("--type FORMAT", type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
-    args.add("-p, --n-prompt N", prompt, "tokens of a prefill, 0: none (512)", 0);
-    args.add("-n, --n-gen N", predict, "tokens of a decode, 0: none (128)", 0);
-    args.add("-d, --n-depth LIST", depths, "tokens in the cache before the decode (0)", 0);
-    args.add("--batch LIST", batches, "sequences decoded together (1)", 1);
-    args.add("-t, --threads LIST", threads, "CPU threads, 0: all (0)", 0);
-    args.add("-r, --repetitions N", repetitions, "repetitions (5)", 1);
-    args.add("--kv FORMAT", options.kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
+    args.add("--type FORMAT", asked_type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
+    args.add("-p, --n-prompt N", prompt, "tokens of a prefill, 0: none (512)", {0});
+    args.add("-n, --n-gen N", predict, "tokens of a decode, 0: none (128)", {0});
+    args.add("-d, --n-depth LIST", depths, "tokens in the cache before the decode (0)", {0});
+    args.add("--batch LIST", batches, "sequences decoded together (1)", {1});
+    args.add("-t, --threads LIST", threads, "CPU threads, 0: all (0)", {0});
+    args.add("-r, --repetitions N", repetitions, "repetitions (5)", {1});
+    args.add("--kv FORMAT", kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
     args.add("--device D", device_name, "cpu, cuda or cuda:0,1 (cpu)");
-    args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", 1);
+    args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", {1});
     args.add("--json", as_json, "print one JSON object");
     args.parse(argc, argv);
+    if (asked_type && synthetic.empty()) args.wrong("--type", "a file has its type", "no --synthetic", "--synthetic NAME");
+    const llama3::Format type = asked_type.value_or(llama3::Format::q8);
     if (!model_path.empty() && !synthetic.empty()) args.wrong("-m", "one model at a time", "-m and --synthetic", "one of them");
 
     return run([&] {
         options.device = device(device_name);
+        options.kv = kv.format;
         if (!synthetic.empty()) check_memory(released(synthetic), type);
         else if (model_path.empty()) model_path = demo_model();
         const llama3::Model model =
@@ -206,7 +211,7 @@ int main(int argc, char** argv) {
         const Work work(model.weights());
         Bench bench{model,
                     options,
-                    device_name,
+                    device_name.name,
                     synthetic.empty() ? std::filesystem::path(model_path).stem().string() : synthetic,
                     llama3::format_name(model.weights().layers.at(0).gate.format),
                     prompt,
@@ -249,7 +254,7 @@ int main(int argc, char** argv) {
         std::vector<std::string> list;
         for (const Result& r : results) {
             Fields fields = {
-                {"model", json_text(bench.name)}, {"type", json_text(bench.type)},  {"device", json_text(device_name)},
+                {"model", json_text(bench.name)}, {"type", json_text(bench.type)},  {"device", json_text(device_name.name)},
                 {"threads", json(r.threads)},     {"ranks", json(options.ranks)},   {"batch", json(r.batch)},
                 {"context", json(r.context)},     {"prefill_tokens", json(prompt)}, {"decode_tokens", json(predict)}};
             r.prefill_tps.put(fields, "prefill_tps");

@@ -15,7 +15,7 @@ int main(int argc, char** argv) {
     std::string style = "reference";
     args.add("-sys, --system-prompt TEXT", options.system, "system message (none)");
     args.add("-p, --prompt TEXT", first, "the first turn");
-    args.add("-n, --predict N", options.max_tokens, "at most N tokens per answer, -1: until the context is full (-1)", -1);
+    args.add("-n, --predict N", options.max_tokens, "at most N tokens per answer, -1: until the context is full (-1)", {-1});
     args.add("--chat-style STYLE", style,
              "rendering of the chat: reference (Meta's code) or hf (the templates on Hugging Face) (reference)");
     args.add("--date D", options.style.date, "hf: the date in the system message (26 Jul 2024)");

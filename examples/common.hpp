@@ -39,9 +39,9 @@ int run(const Body& body) {
 
 inline std::string read_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
-    std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    if (!file || file.bad() || std::filesystem::is_directory(path))
+    if (!file || std::filesystem::is_directory(path))
         fail(llama3::Code::file, path + ": cannot be read (found nothing readable, expected a file). Check the path.");
+    std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     return text;
 }
 
@@ -58,49 +58,70 @@ inline std::string demo_model() {
         looked += (looked.empty() ? "" : ", ") + place.lexically_normal().string();
     }
     fail(llama3::Code::file,
-         "demo.l3: the demo model is missing (found nothing at " + looked + "; expected a file). Name a model with -m.");
+         "demo.l3: the demo model is missing (found nothing at " + looked + ", expected a file). Name a model with -m.");
 }
 
-inline std::shared_ptr<llama3::Device> device(const std::string& name) {
-    if (name == "cpu") return llama3::cpu();
-    std::vector<int> gpus = {0};
-    if (name != "cuda" && (name.rfind("cuda:", 0) != 0 || !parse_value(name.substr(5), gpus, 0).empty()))
-        fail(llama3::Code::device,
-             "--device: no such device (found " + json_text(name) + ", expected cpu, cuda or cuda:0,1). Use one of these.");
+// The value of --device.
+struct DeviceName {
+    std::string name = "cpu";
+    std::vector<int> gpus = {};
+};
+inline std::string parse_value(std::string_view text, DeviceName& device, Range) {
+    device.name = text, device.gpus = {0};
+    const bool known = text == "cpu" || text == "cuda" ||
+                       (text.substr(0, 5) == "cuda:" && parse_value(text.substr(5), device.gpus, Range{0}).empty());
+    return known ? "" : "cpu, cuda or cuda:0,1";
+}
+
+// The value of --kv.
+struct CacheFormat {
+    llama3::Format format = llama3::Format::bf16;
+};
+inline std::string parse_value(std::string_view text, CacheFormat& cache, Range range) {
+    const bool known = parse_value(text, cache.format, range).empty() && cache.format != llama3::Format::q4;
+    return known ? "" : "f32, bf16 or q8";
+}
+
+inline std::shared_ptr<llama3::Device> device([[maybe_unused]] const DeviceName& device) {
+    if (device.name == "cpu") return llama3::cpu();
 #ifdef LLAMA3_CUDA
-    return llama3::cuda(gpus);
+    return llama3::cuda(device.gpus);
 #else
     fail(llama3::Code::device,
-         "--device: this program was built without CUDA (found " + json_text(name) + ", expected cpu). Leave it out.");
+         "--device: this program was built without CUDA (found " + json_text(device.name) + ", expected cpu). Leave it out.");
 #endif
 }
 
 // The flags of every program that runs a model.
 struct ModelFlags {
-    std::string model, device_name = "cpu";
+    std::string model;
+    DeviceName device_name;
+    CacheFormat kv;
     llama3::Options options;
 
     explicit ModelFlags(Args& args, const std::string& usual_context = "the model's, at most 8192") {
-        args.add("-m, --model M", model, "model, an .l3 file (the demo model)");
-        args.add("-c, --ctx-size CTX", options.context, "positions in the context (" + usual_context + ")", 0);
-        args.add("-t, --threads N", options.threads, "CPU threads (all that this process may use)", 0);
-        args.add("--kv FORMAT", options.kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
+        args.add("-m, --model M", model, "model, an .l3 file (the demo model)", {1});
+        args.add("-c, --ctx-size CTX", options.context, "positions in the context (" + usual_context + ")", {0, 1 << 20});
+        args.add("-t, --threads N", options.threads, "CPU threads (all that this process may use)", {0, 4096});
+        args.add("--kv FORMAT", kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
         args.add("--device D", device_name, "cpu, cuda or cuda:0,1 (cpu)");
-        args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", 1);
+        args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", {1});
     }
     llama3::Model load() {
         options.device = device(device_name);
+        options.kv = kv.format;
         return llama3::Model::load(model.empty() ? demo_model() : model);
     }
 };
 
 inline void add_sampling_flags(Args& args, llama3::Sampling& sampling) {
-    args.add("--temp NUMBER", sampling.temperature, "temperature, 0: always the most likely token (0.6)", 0);
-    args.add("--top-k N", sampling.top_k, "only the N most likely tokens, 0: off (0)", 0);
-    args.add("--top-p NUMBER", sampling.top_p, "only the most likely tokens that make up this probability, 1: off (0.9)", 0);
-    args.add("--min-p NUMBER", sampling.min_p, "only tokens at least this share as likely as the best, 0: off (0)", 0);
-    args.add("--repeat-penalty NUMBER", sampling.repeat_penalty, "makes recent tokens less likely, 1: off (1)", 0);
-    args.add("-s, --seed SEED", sampling.seed, "seed: the same one gives the same text everywhere (1)", 0);
+    args.add("--temp NUMBER", sampling.temperature, "temperature, 0: always the most likely token (0.6)", {0});
+    args.add("--top-k N", sampling.top_k, "only the N most likely tokens, 0: off (0)", {0});
+    args.add("--top-p NUMBER", sampling.top_p, "only the most likely tokens that make up this probability, 1: off (0.9)",
+             {1e-6, 1});
+    args.add("--min-p NUMBER", sampling.min_p, "only tokens at least this share as likely as the best, 0: off (0)", {0, 1});
+    args.add("--repeat-penalty NUMBER", sampling.repeat_penalty, "makes recent tokens less likely, 1: off (1)", {1e-6});
+    args.add("-s, --seed SEED", sampling.seed, "seed: the same one gives the same text everywhere (1)", {0});
 }
 
 // JSON, written from the inside out: json_object({{"tokens", json_list(ids)}, {"text", json_text(text)}}).

@@ -66,19 +66,21 @@ int main(int argc, char** argv) {
     std::string logits_path;
     bool ids = false, as_json = false;
     args.add("-p, --prompt TEXT", text, "the text");
-    args.add("-f, --file FILE", file, "a file with the text");
-    args.add("--tokens IDS", tokens, "token ids, separated by commas");
-    args.add("-n, --predict N", generation.max_tokens, "at most N tokens, -1: until the context is full (-1)", -1);
+    args.add("-f, --file FILE", file, "a file with the text", {1});
+    args.add("--tokens IDS", tokens, "token ids, separated by commas", {0});
+    args.add("-n, --predict N", generation.max_tokens, "at most N tokens, -1: until the context is full (-1)", {-1});
     args.add("--ignore-eos", generation.ignore_end, "go on after end tokens");
     args.add("--ids", ids, "print token ids, separated by spaces, instead of text");
     args.add("--logits FILE.npy", logits_path,
-             "write the logits after every token of the prompt and of the answer, float32 [tokens, V]");
+             "write the logits after every token of the prompt and of the answer, float32 [tokens, V]", {1});
     args.add("--json", as_json, "print one JSON object: prompt and tokens (ids), text, logprobs, finish");
     ModelFlags flags(args);
     add_sampling_flags(args, sampling);
     args.parse(argc, argv);
     if (const int given = text.has_value() + file.has_value() + tokens.has_value(); given != 1)
         args.wrong("prompt", "exactly one is needed", std::to_string(given) + " of them", "-p TEXT, -f FILE or --tokens IDS");
+
+    if (ids && as_json) args.wrong("--ids", "the JSON object holds the ids", "--ids and --json", "one of them");
 
     return run([&] {
         const llama3::Model model = flags.load();

@@ -7,7 +7,7 @@ std::vector<int> read_ids(std::string_view line, int vocab_size) {
         const std::size_t end = std::min(line.find_first_of(" \t\r\n", from), line.size());
         const std::string_view word = line.substr(from, end - from);
         int id = 0;
-        if (!parse_value(word, id, 0).empty() || id >= vocab_size)
+        if (!parse_value(word, id, Range{0}).empty() || id >= vocab_size)
             fail(llama3::Code::argument, "standard input: not a token id (found " + json_text(word) + ", expected 0 to " +
                                              std::to_string(vocab_size - 1) + "). Give ids separated by blanks.");
         ids.push_back(id);
@@ -22,12 +22,13 @@ int main(int argc, char** argv) {
         "Prints the token ids of standard input on one line, without begin-of-text in front. All of the input is one text.");
     std::string path;
     bool decode = false, special = false, nul = false;
-    args.add("-m, --model M", path, "model whose tokenizer is used (the demo model)");
+    args.add("-m, --model M", path, "model whose tokenizer is used (the demo model)", {1});
     args.add("--decode", decode, "the other way: ids, separated by blanks, to exactly their text");
     args.add("--special", special, "read <|eot_id|> and the like as special tokens, not as text");
     args.add("-0", nul,
              "several inputs, each ends with a NUL byte: a line of ids for each; --decode: each line to a text and a NUL");
     args.parse(argc, argv);
+    if (decode && special) args.wrong("--special", "it has no meaning with --decode", "both", "one of them");
 
     return run([&] {
         const llama3::Model model = llama3::Model::load(path.empty() ? demo_model() : path);
