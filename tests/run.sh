@@ -27,6 +27,7 @@ missing() {
     command -v ninja >/dev/null 2>&1 || printf ' ninja-build'
     command -v pkg-config >/dev/null 2>&1 || printf ' pkg-config'
     compiles '#include <doctest/doctest.h>' g++ -c || printf ' doctest-dev'
+    command -v cmake >/dev/null 2>&1 || printf ' cmake'
     compiles '#include <histedit.h>' g++ -c || printf ' libedit-dev'
     python3 -c 'import venv, ensurepip' >/dev/null 2>&1 || printf ' python3 python3-venv'
     [ $all = no ] && return
@@ -100,6 +101,9 @@ check() {
     failed=$((failed + bad))
     if [ $status -eq 0 ]; then mark='ok    '; else mark='FAILED'; fi
     printf '%s  %-28s %5d passed, %d failed  (%d s)\n' "$mark" "$label" "$good" "$bad" $(($(date +%s) - start))
+    # What did not run is said, with the reason.
+    grep -hoE "(\.\.\.|^)[^.]*skipped '.*'|[^ :]*:? ?did not run:? .*|[a-z+]+ is not installed.*" "$log" | sed "s/^\.\.\. //" | sort | uniq -c |
+        sed 's/^ *\([0-9]*\) /        not run, \1: /'
     [ $status -eq 0 ] || { sed 's/^/    /' "$log" | tail -60; echo "    ... all of it is in $log"; }
     return $status
 }
@@ -120,6 +124,8 @@ if [ $all = yes ]; then
     for isa in baseline avx2 avx_vnni avx512; do  # avx512_bf16, where it is, was taken above
         if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
             check "suite, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild --no-suite builds
+        else
+            echo "        not run: $isa, which this machine does not have"
         fi
     done
 

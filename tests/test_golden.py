@@ -184,7 +184,7 @@ def make_data(folder):
 
 if __name__ == "__main__":
     if DATA:
-        unittest.main()
+        unittest.main(verbosity=2)
     with tempfile.TemporaryDirectory() as DATA:
         make_data(DATA)
-        unittest.main()
+        unittest.main(verbosity=2)

@@ -119,7 +119,6 @@ class Errors(unittest.TestCase):
     def test_a_device_that_is_not_built_in_is_refused(self):
         self.assertIn("CUDA", self.fails("generate", "-p", "a", "--device", "cuda"))
 
-    @unittest.skipUnless(os.path.exists(DEMO), "no demo model")
     def test_an_unknown_instruction_set_lists_the_available_ones(self):
         status, _, errors = run("generate", "-p", "a", env={"LLAMA3_ISA": "mmx"})
         self.assertEqual(status, 1)
@@ -134,7 +133,6 @@ class Errors(unittest.TestCase):
             self.assertEqual(done.returncode, 1, name)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Generate(unittest.TestCase):
     def test_the_same_seed_gives_the_same_text_and_another_seed_another(self):
         texts = [output("generate", "-p", "Once upon a time", "-n", "40", "--temp", "1", "-s", s) for s in ("1", "1", "2", "3")]
@@ -189,7 +187,6 @@ class Generate(unittest.TestCase):
         self.assertRegex(errors, ERROR)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Logits(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.mkdtemp()
@@ -233,7 +230,6 @@ class Logits(unittest.TestCase):
         self.assertIn("logits.npy", errors)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Tokenize(unittest.TestCase):
     def test_inputs_that_end_with_nul_come_back(self):
         texts = ["Hello, world!", "", "  two\nlines\n", "caf\u00e9 \U0001f600 \u4f60\u597d", "<|eot_id|>", " ", "x" * 1000]
@@ -264,7 +260,6 @@ class Tokenize(unittest.TestCase):
             self.assertRegex(errors, ERROR)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Inspect(unittest.TestCase):
     def test_json_describes_the_whole_file(self):
         found = json.loads(output("inspect", DEMO, "--verify", "--json"))
@@ -300,7 +295,6 @@ class Inspect(unittest.TestCase):
         self.assertRegex(errors, ERROR)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Perplexity(unittest.TestCase):
     def test_it_is_the_mean_over_the_second_halves_of_the_windows(self):
         """Computed again from the logits that generate writes."""
@@ -336,7 +330,6 @@ class Perplexity(unittest.TestCase):
         self.assertRegex(errors, ERROR)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Bench(unittest.TestCase):
     def test_json_has_limits_and_results(self):
         found = json.loads(output("bench", "-p", "16", "-n", "4", "-r", "2", "-t", "1,2", "--json"))
@@ -402,7 +395,6 @@ class Terminal:
         return self.process.returncode, out
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Chat(unittest.TestCase):
     def terminal(self, *command):
         terminal = Terminal(*command)
@@ -499,7 +491,6 @@ class Readme(unittest.TestCase):
             front = "".join(line[2:].removeprefix("     ") for line in file.read().split("#ifndef", 1)[0].splitlines(True))
         self.assertIn(self.hello, front)
 
-    @unittest.skipUnless(os.path.exists(DEMO), "no demo model")
     def test_its_program_builds_with_its_one_command_and_tells_a_story(self):
         command = re.search(r"^g\+\+ .*program\.cpp.*$", self.readme, re.M)[0]
         with tempfile.TemporaryDirectory() as folder:
@@ -516,7 +507,6 @@ class Readme(unittest.TestCase):
             self.assertIn(b"no/such.l3", done.stderr)
 
 
-@unittest.skipUnless(os.path.exists(DEMO), "no demo model")
 class Quickstart(unittest.TestCase):
     def test_it_builds_chat_and_answers_a_pipe(self):
         done = subprocess.run(["sh", os.path.join(SOURCE, "examples", "quickstart.sh")], input=b"Hello\n", capture_output=True, timeout=300)
@@ -526,4 +516,4 @@ class Quickstart(unittest.TestCase):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    unittest.main()
+    unittest.main(verbosity=2)

@@ -38,4 +38,4 @@ class PublishedTokenizer(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    unittest.main(verbosity=2)

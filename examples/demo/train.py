@@ -12,7 +12,7 @@ import argparse, base64, json, math, os, random, time
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import corpus
@@ -215,12 +215,13 @@ def held_out(weights, table, chats, dtype=torch.bfloat16):
 
 def train(args):
     rng = random.Random(args.seed)
-    tokenizer = train_tokenizer(random.Random(args.seed))
+    tokenizer = Tokenizer.from_file(os.path.join(args.resume, "tokenizer.json")) if args.resume else train_tokenizer(random.Random(args.seed))
     progress = 0
-    feed = batches(tokenizer, rng, args.batch_tokens, easy=lambda: rng.random() < .9 - 2.5 * progress)     # short stories first, long ones later
+    feed = batches(tokenizer, rng, args.batch_tokens, easy=lambda: rng.random() < (0.3 if args.resume else .9 - 2.5 * progress))     # short stories first, long ones later
     test_feed = batches(tokenizer, random.Random(args.seed + 10 ** 9), args.batch_tokens)     # chats of another seed: held out
     test = [next(test_feed) for _ in range(24)]
     weights, table = new_weights(args.seed), rope_table()
+    if args.resume: weights = {name: w.requires_grad_() for name, w in load_file(os.path.join(args.resume, "model.safetensors")).items()}
     matrices = [w for name, w in weights.items() if w.dim() == 2 and "embed" not in name]
     others = [w for name, w in weights.items() if w.dim() == 1 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
@@ -305,6 +306,7 @@ def main():
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--qat-from", type=float, default=0.6, help="share of the time after which the weights are quantised in training")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on from this checkpoint instead of starting anew (take another --seed, for new chats)")
     parser.add_argument("--compile", action="store_true", help="fuse the small operations with torch.compile (needs a C++ compiler; about a fifth faster)")
     parser.add_argument("--sample", type=int, metavar="N", help="print N chats of the corpus and stop")
     args = parser.parse_args()
