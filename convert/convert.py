@@ -53,7 +53,8 @@ from typing import Any, Callable, Iterator, NamedTuple
 try:
     import numpy as np
 except ImportError:
-    sys.exit("convert: numpy is missing. Install it (pip install numpy), or run: uv run convert/convert.py ...")
+    sys.exit("convert: numpy: this Python package is missing (found no numpy, expected numpy to be installed). Install it: "
+             "pip install numpy, or let uv do it: uv run convert/convert.py SRC.")
 
 VERSION = "1.0"
 AGAIN = "It is truncated or damaged: download it again."
@@ -63,10 +64,11 @@ FULL = "Convert the bf16 release of this model instead."
 
 
 class Fail(Exception):
-    """What a user sees when something is wrong, in one line: where: what (found X, expected Y). What to do."""
+    """What a user sees when something is wrong, in one line: where: what is wrong (found X, expected Y). What to do."""
 
-    def __init__(self, where: object, what: str, todo: str):
-        super().__init__(" ".join(f"{where}: {what}. {todo}".split()))
+    def __init__(self, where: object, what: str, found: object, expected: object, to_do: str):
+        found = found if str(found).strip() else "nothing"
+        super().__init__(" ".join(f"{where}: {what} (found {found}, expected {expected}). {to_do}".split()))
 
 
 def say(line: str) -> None:
@@ -124,7 +126,7 @@ class Tensor:
     def floats(self, first: int, last: int) -> np.ndarray:
         """Rows [first, last) as f32 [last - first, columns]. Exact: also the product of an fp16 and an int8 fits."""
         values = decode(self.type, self.read(first, last))[:, :self.columns]
-        refuse(self, first, ~np.isfinite(values), "is not finite", "another copy of the checkpoint, this one is damaged")
+        refuse(self, first, ~np.isfinite(values), values, "is not finite", "a finite one", "another copy of the checkpoint")
         return values
 
 
@@ -137,19 +139,20 @@ class File:
             self.handle = open(path, "rb")
             self.size = os.fstat(self.handle.fileno()).st_size
         except OSError as error:
-            raise Fail(path, f"cannot be opened ({error.strerror})", "Check the name and the permissions.") from None
+            raise Fail(path, "cannot be opened", error.strerror, "a file that can be read",
+                       "Check the name and the permissions.") from None
 
     def read(self, offset: int, count: int) -> np.ndarray:
         if min(offset, count) < 0 or offset + count > self.size:
-            raise Fail(self.path, f"the file ends early (found {self.size} bytes, expected {offset + count} or more)", AGAIN)
+            raise Fail(self.path, "the file ends early", f"{self.size} bytes", f"{offset + count} or more", AGAIN)
         data = np.empty(count, np.uint8)
         try:
             self.handle.seek(offset)
             found = self.handle.readinto(data)
         except OSError as error:
-            raise Fail(self.path, f"cannot be read ({error.strerror})", "Check the disk.") from None
+            raise Fail(self.path, "cannot be read", error.strerror, f"{count} bytes", "Check the disk.") from None
         if found != count:
-            raise Fail(self.path, "the file became shorter while it was read", "Convert it again.")
+            raise Fail(self.path, "the file became shorter while it was read", f"{found} bytes", count, "Convert it again.")
         return data
 
     def tensor(self, name: str, type: Type, shape: tuple, offset: int) -> Tensor:
@@ -159,7 +162,8 @@ class File:
             return self.read(offset + first * row, (last - first) * row).reshape(last - first, row)
         tensor = Tensor(f"{self.path}: tensor {name}", type, shape, read)
         if not shape or shape[-1] % type.block:
-            raise Fail(tensor.where, f"the shape {list(shape)} does not consist of whole blocks of {type.name}", AGAIN)
+            raise Fail(tensor.where, f"the shape does not consist of whole blocks of {type.name}", list(shape),
+                       f"rows of a multiple of {type.block}", AGAIN)
         return tensor
 
 
@@ -167,7 +171,7 @@ def join(where: str, parts: list, axis: int) -> Tensor:
     """Shards joined along their rows (0) or columns (1)."""
     kinds = [f"{list(part.shape)} {part.type.name}" for part in parts]
     if len({(part.type, len(part.shape), part.shape[1 - axis]) for part in parts}) > 1:
-        raise Fail(where, f"the shards do not fit together (found {', '.join(dict.fromkeys(kinds))})", TOGETHER)
+        raise Fail(where, "the shards do not fit together", ", ".join(dict.fromkeys(kinds)), "one type and shape", TOGETHER)
 
     def read(first: int, last: int) -> np.ndarray:
         if axis == 1:
@@ -185,7 +189,7 @@ def scaled(tensor: Tensor, scales: Tensor) -> Tensor:
     """fp8 with one scale per row."""
     values = scales.floats(0, scales.rows).reshape(-1, 1)
     if len(values) != tensor.rows:
-        raise Fail(scales.where, f"there are {len(values)} scales for {tensor.rows} rows", TOGETHER)
+        raise Fail(scales.where, "the number of scales is wrong", len(values), f"{tensor.rows}, one per row", TOGETHER)
     return dataclasses.replace(tensor, type=SCALED_FP8, read=lambda first, last: (
         tensor.floats(first, last) * values[first:last]).view(np.uint8))
 
@@ -208,7 +212,8 @@ def without_copies(tensor: Tensor, head_width: int, copies: int) -> Tensor:
         rows = tensor.read(start * copies * head_width, stop * copies * head_width)
         stored = rows.reshape(stop - start, copies, head_width, -1)
         if (stored != stored[:, :1]).any():
-            raise Fail(tensor.where, f"the {copies} copies of a key/value head differ, expected equal ones", TOGETHER)
+            raise Fail(tensor.where, "the copies of a key/value head differ", "different numbers", f"{copies} equal copies",
+                       TOGETHER)
         return np.ascontiguousarray(stored[:, 0]).reshape(-1, rows.shape[1])[first - start * head_width:][:last - first]
     return dataclasses.replace(tensor, shape=(tensor.rows // copies, tensor.columns), read=read)
 
@@ -252,8 +257,8 @@ def gguf_package() -> Any:
         import gguf.quants
         return gguf
     except ImportError:
-        raise Fail("gguf", "this Python package, which decodes the numbers of this file, is missing",
-                   "Install it: pip install gguf.") from None
+        raise Fail("gguf", "this Python package, which decodes the numbers of this file, is missing", "no gguf",
+                   "gguf to be installed", "Install it: pip install gguf.") from None
 
 
 # ═══ 2  Number formats ═══════════════════════════════════════════════════════════════════════════════════════════════
@@ -290,16 +295,17 @@ def encode(tensor: Tensor, format: str, first: int, last: int) -> np.ndarray:
     scales = None
     if tensor.type in BLOCKS and is_lossless(tensor.type, format):
         scales, values = split_blocks(tensor.type, tensor.read(first, last))
-        refuse(tensor, first, values == -128, "is -128, which q8 does not have", "--type bf16")
+        refuse(tensor, first, values == -128, values, "is -128, which q8 does not have", "-127 to 127", "--type bf16")
     else:
         values = tensor.floats(first, last)
         if format == "bf16":
-            values = to_bf16(values)
-            refuse(tensor, first, values & 0x7FFF == 0x7F80, "is too large for bf16", "--type f32")
+            exact, values = values, to_bf16(values)
+            refuse(tensor, first, values & 0x7FFF == 0x7F80, exact, "is too large for bf16", "at most 3.38e38", "--type f32")
         elif format in ("q8", "q4"):
             scales, values = (quantize_q8 if format == "q8" else quantize_q4)(pad(values, 1, 32))
     if scales is not None:
-        refuse(tensor, first, np.repeat(scales & 0x7C00 == 0x7C00, 32, axis=1), "needs a scale beyond fp16", "--type bf16")
+        refuse(tensor, first, scales & 0x7C00 == 0x7C00, scales.view("<f2"), "needs a scale beyond fp16", "at most 65504",
+               "--type bf16", 32)
         scales = pad(scales, 16, 2)
     values = pad(values, 16, FORMATS[format].unit_columns)
     if format == "q4":    # of eight columns the first four in the low, the others in the high four bits
@@ -314,10 +320,13 @@ def pad(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return np.pad(values, missing) if missing != [(0, 0), (0, 0)] else values
 
 
-def refuse(tensor: Tensor, first: int, bad: np.ndarray, what: str, instead: str) -> None:
+def refuse(tensor: Tensor, first: int, bad: np.ndarray, found: np.ndarray, what: str, expected: str, instead: str,
+           columns: int = 1) -> None:
+    """Each of `bad` and `found` stands for so many columns of the tensor."""
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise Fail(tensor.where, f"the number in row {first + row}, column {column} {what}", f"Use {instead}.")
+        raise Fail(tensor.where, f"the number in row {first + row}, column {columns * column} {what}", found[row, column],
+                   expected, f"Use {instead}.")
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
@@ -346,10 +355,10 @@ def quantize_q4(values: np.ndarray) -> tuple:
 
 
 def reciprocal(scales: np.ndarray) -> np.ndarray:
-    """1/d, and 0 where d is 0 or so small that 1/d is infinite; one per block of 32."""
+    """1/d, and 0 where |d| is at most 1e-35, which fp16 does not hold and for which 1/d may be infinite; one per block."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scales
-    inverse[np.isinf(inverse)] = 0
+    inverse[np.abs(scales) <= np.float32(1e-35)] = 0
     return inverse[..., None]
 
 
@@ -391,6 +400,12 @@ def unpack(format: str, panels: np.ndarray, columns: int) -> np.ndarray:
 # ═══ 3  Configuration ════════════════════════════════════════════════════════════════════════════════════════════════
 
 CHATS = ("none", "llama3", "llama3.1", "llama3.2")
+
+
+def single(value: float) -> float:
+    """As f32, the type that the file has for it; too large ones are infinite."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 class Rope(NamedTuple):
@@ -438,21 +453,33 @@ class Config:
 
     LAYOUT = "<8I 5f I 2I 2I 2I 8I 16x"
 
+    # What a loader accepts, as in llama3.hpp, section 14. Those of f32 are compared as f32.
+    LIMITS = {"layers": (1, 1024), "width": (1, 1 << 17), "heads": (1, 1024), "kv_heads": (1, 1024), "head_width": (2, 1024),
+              "ffn_width": (1, 1 << 20), "vocabulary": (256, 1 << 24), "context": (1, 1 << 20), "epsilon": (1e-30, 1.0),
+              "theta": (1.0, 1e30), "factor": (1.0, 1e6), "low": (1e-6, 1e6), "high": (1e-6, 1e6), "original": (0, 1 << 20)}
+
     def check(self, where: object) -> Config:
         """A source whose numbers a loader would refuse is refused here, before any work."""
-        def need(good: bool, what: str) -> None:
+        def need(good: bool, what: str, found: object, expected: object) -> None:
             if not good:
-                raise Fail(where, what, "Check the configuration of the source.")
-        for name in ("layers", "width", "heads", "kv_heads", "head_width", "ffn_width", "vocabulary", "context"):
-            need(0 < getattr(self, name) < 1 << 31, f"{name} is {getattr(self, name)}, expected 1 to 2147483647")
-        need(self.heads % self.kv_heads == 0, f"{self.heads} query heads cannot share {self.kv_heads} key/value heads")
-        need(self.head_width % 2 == 0, f"the head width is {self.head_width}, expected an even number")
-        factor, low, high, original = self.rope
-        for name, value in (("epsilon", self.epsilon), ("RoPE theta", self.theta), ("the RoPE factor", factor)):
-            need(1e-38 < value < 3e38, f"{name} is {value}, expected a positive number")
-        need(factor == 1 or factor > 1 and 0 < low < high < 3e38 and 0 < original < 1 << 31,
-             f"the RoPE scaling is factor {factor:g}, low {low:g}, high {high:g}, original context {original}, expected "
-             "factor >= 1 and 0 < low < high")
+                raise Fail(where, what, found, expected,
+                           "Check the configuration of the source, and the flags that change it.")
+        for name, (least, most) in self.LIMITS.items():
+            value = getattr(self.rope if name in Rope._fields else self, name)
+            stored = single if isinstance(most, float) else int
+            text = ("RoPE " if name in Rope._fields else "") + name.replace("_", " ")
+            need(stored(least) <= stored(value) <= stored(most), f"{text} is out of range", value, f"{least} to {most}")
+        need(self.heads % self.kv_heads == 0, "the query heads cannot share the key/value heads evenly",
+             f"{self.kv_heads} key/value heads", f"a divisor of the {self.heads} query heads")
+        need(self.head_width % 2 == 0, "the head width is odd", self.head_width, "an even number")
+        factor, low, high, original = map(single, self.rope)
+        need((low, high, original) == (1, 1, 0) if factor == 1 else low < high and original > 0,
+             "the RoPE scaling makes no sense", "factor {:g}, low {:g}, high {:g}, original context {}".format(*self.rope),
+             "low < high and an original context; 1, 1, 0 for the factor 1")
+        need(0 <= self.begin < self.vocabulary, "the begin-of-text token is out of range", self.begin,
+             f"0 to {self.vocabulary - 1}")
+        need(self.ends == sorted({end for end in self.ends if 0 <= end < self.vocabulary}) and len(self.ends) <= 8,
+             "the end tokens are wrong", self.ends, f"at most 8, ascending, all below {self.vocabulary}")
         return self
 
     def segments(self) -> dict:
@@ -481,8 +508,14 @@ class Config:
     def unpack(cls, data: bytes, where: object) -> Config:
         f = struct.unpack(cls.LAYOUT, data)
         if f[14] >= len(CHATS) or f[15] > 1 or f[19] > 8:
-            raise Fail(where, "the configuration has unknown values", "Use a newer convert.py.")
-        return cls(*f[:10], Rope(*f[10:14]), CHATS[f[14]], bool(f[15]), f[18], list(f[20:20 + f[19]])).check(where)
+            raise Fail(where, "the configuration has unknown values",
+                       f"chat format {f[14]}, tied {f[15]}, {f[19]} end tokens", f"at most {len(CHATS) - 1}, 1 and 8",
+                       "Use a newer convert.py.")
+        config = cls(*f[:10], Rope(*f[10:14]), CHATS[f[14]], bool(f[15]), f[18], list(f[20:20 + f[19]])).check(where)
+        if config.pack() != data:
+            raise Fail(where, "the configuration has wrong segments or unused bytes", f"segments {f[16]} and {f[17]}",
+                       "segments {} and {}, unused bytes 0".format(*config.segments().values()), "Convert the model again.")
+        return config
 
 
 # ═══ 4  Tokenizer ════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -517,7 +550,9 @@ def visible_to_bytes(token: str, where: object) -> bytes:
     try:
         return token.translate(BYTE_OF).encode("latin-1")
     except UnicodeEncodeError:
-        raise Fail(where, f"the token {token!r} is not one of a byte-level BPE", ONLY) from None
+        bad = next(character for character in token if ord(character) not in BYTE_OF or BYTE_OF[ord(character)] > 255)
+        raise Fail(where, f"the token {token!r} is not one of a byte-level BPE", repr(bad),
+                   "characters that stand for bytes", ONLY) from None
 
 
 @dataclasses.dataclass
@@ -530,18 +565,20 @@ class Tokenizer:
         return {name: number for number, name in self.specials.items()}
 
     def check(self, where: object, vocabulary: int) -> Tokenizer:
-        def need(good: bool, what: str) -> None:
+        def need(good: bool, what: str, found: object, expected: object) -> None:
             if not good:
-                raise Fail(where, what, "Take tokenizer and weights from the same release of Llama 3.")
-        need(len(set(self.ranks)) == len(self.ranks) and b"" not in self.ranks, "a token is empty or occurs twice")
+                raise Fail(where, what, found, expected, "Take tokenizer and weights from the same release of Llama 3.")
+        count, different = len(self.ranks), len(set(self.ranks) - {b""})
+        need(different == count, "a token is empty or occurs twice", f"{different} different tokens", count)
         lost = {bytes([b]) for b in range(256)}.difference(self.ranks)
-        need(not lost, f"{len(lost)} of the 256 bytes are no tokens, the first is {min(lost, default=b'').hex()}")
-        need(len(self.ids) == len(self.specials) and "" not in self.ids, "a special token has no name, or that of another")
-        need(len(self.ranks) <= vocabulary, f"there are {len(self.ranks)} tokens for a vocabulary of {vocabulary}")
+        need(not lost, "some of the 256 bytes are no tokens", f"{256 - len(lost)} without {min(lost, default=b'').hex()}", 256)
+        need(len(set(self.ids) - {""}) == len(self.specials), "a special token has no name, or that of another",
+             f"{len(set(self.ids) - {''})} names", len(self.specials))
+        need(count <= vocabulary, "there are more tokens than the vocabulary has", count, f"at most {vocabulary}")
         for number, name in self.specials.items():
-            need(len(self.ranks) <= number < vocabulary, f"the special token {name} has the id {number}, expected "
-                 f"{len(self.ranks)} to {vocabulary - 1}")
-        need(BEGIN in self.ids, f"there is no special token {BEGIN}")
+            need(count <= number < vocabulary, f"the special token {name} has a wrong id", number,
+                 f"{count} to {vocabulary - 1}")
+        need(BEGIN in self.ids, "a special token is missing", f"{len(self.ids)} without {BEGIN}", BEGIN)
         return self
 
     def pack(self) -> bytes:
@@ -559,7 +596,8 @@ class Tokenizer:
         def take(count: int) -> bytes:
             piece = stream.read(count)
             if len(piece) != count:
-                raise Fail(where, "the tokenizer section is too short", "Convert the model again.")
+                raise Fail(where, "the tokenizer section is too short", f"{len(piece)} bytes", count,
+                           "Convert the model again.")
             return piece
 
         def numbers(count: int) -> list:
@@ -587,8 +625,8 @@ def read_tiktoken(path: Path) -> list:
             if int(rank) != len(ranks) - 1:
                 raise ValueError
         except ValueError:
-            raise Fail(path, f"line {len(ranks) + 1} is {line[:40]!r}, expected base64(token) and the next rank",
-                       "This is the tokenizer of another model (Llama 2?), or it is damaged.") from None
+            raise Fail(path, f"line {len(ranks) + 1} is wrong", repr(line[:40]), "base64(token) and the next rank",
+                       "Take tokenizer.model from the release; this is another model's (Llama 2?), or damaged.") from None
     return ranks
 
 
@@ -603,11 +641,12 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     found = [{key: value for key, value in step.items() if key != "trim_offsets"}
              for step in split.get("pretokenizers", [split])]
     if found != PRE_TOKENIZER:
-        raise Fail(path, f"the pre-tokenizer is {json.dumps(found)}, expected {json.dumps(PRE_TOKENIZER)}", ONLY)
+        raise Fail(path, "the pre-tokenizer is not that of Llama 3", json.dumps(found), json.dumps(PRE_TOKENIZER), ONLY)
     added = {entry["id"]: entry["content"] for entry in doc("added_tokens", list)}
     vocabulary = {number: token for token, number in model("vocab", dict).items() if number not in added}
     if sorted(vocabulary) != list(range(len(vocabulary))):
-        raise Fail(path, "the ids of the vocabulary have gaps", AGAIN)
+        raise Fail(path, "the ids of the vocabulary have gaps", f"{len(vocabulary)} ids up to {max(vocabulary)}",
+                   f"0 to {len(vocabulary) - 1}", AGAIN)
     ranks = [visible_to_bytes(vocabulary[number], path) for number in range(len(vocabulary))]
     check_merges(model("merges", list), ranks, path)
     return Tokenizer(ranks, added)
@@ -621,7 +660,8 @@ def check_merges(merges: list, ranks: list, where: object) -> None:
         pair = tuple(visible_to_bytes(part, where) for part in (merge.split(" ") if isinstance(merge, str) else merge))
         merged = number.get(b"".join(pair), -1)
         if len(pair) != 2 or merged < last or not number.keys() >= set(pair):
-            raise Fail(where, f"the merge {merge!r} makes no token, or not in the order of their ids", ONLY)
+            raise Fail(where, "a merge makes no token, or not in the order of their ids", repr(merge)[:80],
+                       "two tokens that make the next one", ONLY)
         last = merged
         given.add(pair)
     missing = sum((token[:cut], token[cut:]) not in given for token in ranks for cut in range(1, len(token))
@@ -670,9 +710,9 @@ class Keys:
         try:
             values = json.loads(read_bytes(path))
         except (ValueError, RecursionError) as error:
-            raise Fail(path, f"this is not JSON ({error})", AGAIN) from None
+            raise Fail(path, "this is not JSON", error, "a JSON object", AGAIN) from None
         if not isinstance(values, dict):
-            raise Fail(path, f"this is a JSON {type(values).__name__}, expected an object", AGAIN)
+            raise Fail(path, "this is another kind of JSON", type(values).__name__, "an object", AGAIN)
         return cls(path, values)
 
     def __call__(self, key: str, kind: type, default: Any = None) -> Any:
@@ -680,13 +720,13 @@ class Keys:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise Fail(self.where, f"{key} is missing" if value is None else
-                       f"{key} is {repr(value)[:80]}, expected {kind.__name__}", AGAIN)
+            raise Fail(self.where, f"{key} is {'missing' if value is None else 'of the wrong kind'}",
+                       "nothing" if value is None else repr(value)[:80], kind.__name__, AGAIN)
         return value
 
     def expect(self, key: str, *allowed: Any) -> None:
         if self.values.get(key) not in allowed:
-            raise Fail(self.where, f"{key} is {repr(self.values.get(key))[:80]}, expected {allowed[0]!r}", ONLY)
+            raise Fail(self.where, f"{key} is not that of Llama 3", repr(self.values.get(key))[:80], repr(allowed[0]), ONLY)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -706,6 +746,7 @@ class Source:
         self.path, self.options = path, options
         self.files: list = []     # all that is read, for the provenance, and so that none of it is written over
         self.history = ""         # provenance of an .l3 file
+        self.decided: set = set()     # options that this source leaves open
 
     def place(self, name: str) -> str:
         """The source's name of our tensor: layers.3.query is blk.3.attn_q.weight in GGUF."""
@@ -714,6 +755,7 @@ class Source:
 
     def decide(self, what: str, option: str, value: Any, why: str = "") -> Any:
         """The user's word, else `value`. Said aloud, unless it is the source's own word (no `why`)."""
+        self.decided.add(option)
         given = getattr(self.options, option.replace("-", "_"))
         chosen = value if given is None else given
         if given is not None or why:
@@ -727,35 +769,47 @@ class Source:
         right; none may be missing, and none left over."""
         for name, (pattern, what) in itertools.product(available, FOREIGN.items()):
             if re.search(pattern, name):
-                raise Fail(available[name].where, f"this tensor belongs to {what}", FULL)
+                raise Fail(available[name].where, "this tensor is none of a plain Llama 3", what,
+                           "a text model in full precision", FULL)
         if numbers["layers"] > len(available):
-            raise Fail(where, f"there are {numbers['layers']} layers, but only {len(available)} tensors", TOGETHER)
-        tokens = self.tokenizer.ids
+            raise Fail(where, "there are fewer tensors than layers", f"{len(available)} tensors",
+                       f"9 for each of {numbers['layers']} layers", TOGETHER)
         self.config = config = Config(
             **numbers, chat=self.decide("chat format", "chat", *chat), tied=self.is_tied(available, tied),
-            begin=tokens[BEGIN], ends=self.end_tokens(ends, numbers["vocabulary"])).check(where)
-        if config.chat != "none" and not {START_HEADER, END_HEADER, EOT} <= tokens.keys():
-            raise Fail("--chat", f"{config.chat} needs the special tokens {START_HEADER}, {END_HEADER} and {EOT}, which are "
-                       "not in this model", "Use --chat none.")
+            begin=self.tokenizer.ids[BEGIN], ends=self.end_tokens(ends, numbers["vocabulary"]))
+        self.check(where)
         shapes = config.tensors()
         names = {self.place(name): name for name in shapes}
         missing = [name for name in names if name not in available]
         if missing:
-            raise Fail(self.path, f"the tensor {missing[0]} is missing{also(missing)}", TOGETHER)
+            raise Fail(self.path, f"the tensor {missing[0]} is missing{also(missing)}",
+                       f"{len(names) - len(missing)} tensors", len(names), TOGETHER)
         left = [name for name in available if name not in names and not (config.tied and name == self.place("output"))]
         extra = [name for name in left if not re.search(ignored, name)]
         if extra:
-            raise Fail(available[extra[0]].where, f"this tensor is not one of a Llama 3 of {config.layers} layers"
-                       + also(extra), ONLY)
+            raise Fail(available[extra[0]].where, "this tensor is not one of a Llama 3" + also(extra),
+                       f"{len(available)} tensors", f"the {len(names)} of {config.layers} layers", ONLY)
         if left:
             say(f"note: {left[0]} is left out{also(left)}; it follows from the configuration")
         self.tensors = {ours: available[theirs] for theirs, ours in names.items()}
         for name, tensor in self.tensors.items():
             if tensor.shape != shapes[name]:
-                raise Fail(tensor.where, f"the shape is wrong (found {list(tensor.shape)}, expected {list(shapes[name])})",
-                           TOGETHER)
+                raise Fail(tensor.where, "the shape is wrong", list(tensor.shape), list(shapes[name]), TOGETHER)
             if tensor.type not in (F32, F16, BF16, SCALED_FP8) and tensor.type.block == 1:
-                raise Fail(tensor.where, f"the numbers are {tensor.type.name}, expected F32, F16 or BF16", FULL)
+                raise Fail(tensor.where, "the type of the numbers is wrong", tensor.type.name, "F32, F16 or BF16", FULL)
+
+    def check(self, where: object) -> None:
+        """After all decisions: what a loader or a chat would refuse; and no flag was given in vain."""
+        self.config.check(where)
+        needed = {START_HEADER, END_HEADER, EOT}
+        if self.config.chat != "none" and not needed <= self.tokenizer.ids.keys():
+            raise Fail("--chat", f"the chat format {self.config.chat} needs special tokens that this model does not have",
+                       ", ".join(sorted(needed & self.tokenizer.ids.keys())), ", ".join(sorted(needed)), "Use --chat none.")
+        for option in ("chat", "context", "rope-factor", "token-names"):
+            given = getattr(self.options, option.replace("-", "_"))
+            if given is not None and option not in self.decided:
+                raise Fail(f"--{option}", "this flag has no effect on this source, which says it itself", given,
+                           "no such flag", "Leave it out.")
 
     def is_tied(self, available: dict, declared: bool | None) -> bool:
         """Whether the output matrix is the embedding: by declaration, because there is none, or because they are equal."""
@@ -765,7 +819,7 @@ class Source:
         same = equal(embedding, output)
         if declared and not same:
             raise Fail(output.where, "the configuration ties this matrix to the embedding, but they differ",
-                       "Set tie_word_embeddings to false, or remove the tensor.")
+                       "different numbers", "equal ones", "Set tie_word_embeddings to false, or remove the tensor.")
         return same
 
     def end_tokens(self, given: list, vocabulary: int) -> list:
@@ -775,11 +829,11 @@ class Source:
             items = [item for item in self.options.end_tokens.split(",") if item]
             unknown = [item for item in items if item not in ids and not item.isdecimal()]
             if unknown:
-                raise Fail("--end-tokens", f"{unknown[0]!r} is not a special token of this model",
+                raise Fail("--end-tokens", "unknown value", repr(unknown[0]), "a special token of this model, or an id",
                            f"Give ids, or names like {EOT}.")
             ends = {ids[item] if item in ids else int(item) for item in items}
         if len(ends) > 8 or any(not 0 <= number < vocabulary for number in ends):
-            raise Fail(self.path, f"the end tokens are {sorted(ends)}, expected at most 8, all below {vocabulary}",
+            raise Fail(self.path, "the end tokens are wrong", sorted(ends), f"at most 8, all below {vocabulary}",
                        "Choose them with --end-tokens.")
         shown = ", ".join(f"{number} {names.get(number, '')}".strip() for number in sorted(ends)) or "none"
         say(f"end tokens: {shown} ({'by' if self.options.end_tokens is not None else 'override with'} --end-tokens)")
@@ -791,7 +845,8 @@ class Source:
         scheme = self.decide("special tokens", "token-names", "llama3.2" if is_scaled else "llama3",
                              f"names of {'3.2 and later' if is_scaled else 'Llama 3'}, by use_scaled_rope")
         if vocabulary > len(ranks) + 256:
-            raise Fail(path, f"there are {len(ranks)} tokens and 256 special ones for a vocabulary of {vocabulary}", AGAIN)
+            raise Fail(path, "there are too few tokens for the vocabulary", f"{len(ranks)} and 256 special ones",
+                       vocabulary, AGAIN)
         return Tokenizer(ranks, dict(enumerate(special_names(scheme, max(0, vocabulary - len(ranks))), len(ranks))))
 
     def chat_by_template(self, template: str, ends: list) -> tuple:
@@ -850,7 +905,8 @@ class PthReader(pickle._Unpickler):
             if f"{self.top}byteorder" in self.members and archive.read(f"{self.top}byteorder") != b"little":
                 raise zipfile.BadZipFile("it is big-endian")
         except (zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-            raise Fail(path, f"this is not a whole file of torch.save ({error})", AGAIN) from None
+            raise Fail(path, "this is not a whole file of torch.save", error, "a zip archive with data.pkl",
+                       AGAIN) from None
 
     def tensors(self) -> dict:
         try:
@@ -860,13 +916,13 @@ class PthReader(pickle._Unpickler):
         except Fail:
             raise
         except Exception as error:    # a pickle is a program; a damaged one can fail in any way
-            raise Fail(self.file.path, f"its pickle is not a dictionary of tensors ({type(error).__name__}: {error})",
-                       AGAIN) from None
+            raise Fail(self.file.path, "its pickle is not a dictionary of tensors", f"{type(error).__name__}: {error}",
+                       "names and tensors", AGAIN) from None
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in self.GLOBALS:
-            raise Fail(self.file.path, f"the pickle names {module}.{name}, which no checkpoint needs; nothing of it was run",
-                       "Do not trust this file: take it from the release.")
+            raise Fail(self.file.path, "the pickle names what no checkpoint needs; nothing of it was run",
+                       f"{module}.{name}", "tensors of torch", "Do not trust this file: take it from the release.")
         return self.GLOBALS[f"{module}.{name}"]
 
     def persistent_load(self, pid: tuple) -> Storage:
@@ -874,7 +930,8 @@ class PthReader(pickle._Unpickler):
         member = self.members[f"{self.top}data/{key}"]
         local = self.file.read(member.header_offset, 30).tobytes()    # ends in the lengths of the name and extra that follow
         if member.compress_type or member.flag_bits & 1 or member.file_size < count * type.size or local[:2] != b"PK":
-            raise Fail(self.file.path, f"its member {member.filename} does not hold {count} {type.name}", AGAIN)
+            raise Fail(self.file.path, f"its member {member.filename} is too short or packed", f"{member.file_size} bytes",
+                       f"{count} {type.name}, not packed", AGAIN)
         return Storage(type, member.header_offset + 30 + sum(struct.unpack("<2H", local[26:])), count)
 
     def tensor(self, name: str, storage: Storage, offset: int, size: tuple, stride: tuple) -> Tensor:
@@ -883,8 +940,8 @@ class PthReader(pickle._Unpickler):
         end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride))
         if len(size) not in (1, 2) or len(stride) != len(size) or min(*size, 1) < 1 or min(offset, *stride) < 0 \
                 or end > storage.count or storage.offset + storage.count * type.size > self.file.size:
-            raise Fail(where, f"{list(size)} elements from {offset} with strides {list(stride)} are not all inside their "
-                       f"storage of {storage.count}", AGAIN)
+            raise Fail(where, "its elements are not all inside their storage", f"{list(size)} from {offset} with strides "
+                       f"{list(stride)}", f"at most {storage.count} elements", AGAIN)
         pitch, step = (size[-1], *stride)[-2:]
         start = storage.offset + offset * type.size
         if step == 1 and pitch == size[-1]:
@@ -911,13 +968,15 @@ class MetaFolder(Source):
         names = [f"consolidated.{number:02d}.pth" for number in range(len(found))]
         missing = [name for name in names if name not in found]
         if missing:
-            raise Fail(path, f"{missing[0]} is missing (found {', '.join(sorted(found))})", "Download it as well.")
+            raise Fail(path, f"{missing[0]} is missing", ", ".join(sorted(found)), f"{names[0]} to {names[-1]}",
+                       "Download it as well.")
         self.files = [*(path / name for name in names), where, tokenizer]
         shards = [PthReader(path / name).tensors() for name in names]
         available = self.merge([self.without_fp8(number, shard) for number, shard in enumerate(shards)])
         lost = [name for name in map(self.place, ("embedding", "layers.0.gate")) if name not in available]
         if lost:
-            raise Fail(path, f"the tensor {lost[0]} is missing", ONLY)
+            raise Fail(path, f"the tensor {lost[0]} is missing", f"{len(available)} other tensors", "those of Llama 3",
+                       ONLY)
 
         layers, width, heads = (params(key, int) for key in ("n_layers", "dim", "n_heads"))
         head_width = params("head_dim", int, width // max(heads, 1))
@@ -938,7 +997,7 @@ class MetaFolder(Source):
             context=self.decide("context", "context", 131072 if is_scaled else 8192, why),
             epsilon=params("norm_eps", float), theta=params("rope_theta", float),
             rope=Rope().with_factor(self.decide("RoPE factor", "rope-factor", factor, why))),
-            chat=(chat, why) if EOT in self.tokenizer.ids else ("none", "no header tokens"), ends=[],
+            chat=(chat, f"{why}, assumed instruct") if EOT in self.tokenizer.ids else ("none", "no header tokens"), ends=[],
             ignored=r"^rope\.freqs$")
 
     @staticmethod
@@ -947,11 +1006,13 @@ class MetaFolder(Source):
         values = params.values
         quantised = values.get("quantization_args") or {}
         spins = isinstance(quantised, dict) and quantised.get("spinquant")
-        for found, what in ((values.get("lora_args"), "QLoRA"), (spins, "SpinQuant"),
-                            ("int" in str(quantised), "4-bit"), (values.get("moe_args"), "mixture-of-experts"),
-                            (any(key.startswith("vision") for key in values), "vision")):
+        vision = [key for key in values if key.startswith("vision")]
+        for found, key, what in ((values.get("lora_args"), "lora_args", "QLoRA"), (spins, "quantization_args", "SpinQuant"),
+                                 ("int" in str(quantised), "quantization_args", "4-bit"),
+                                 (values.get("moe_args"), "moe_args", "mixture-of-experts"),
+                                 (vision, "".join(vision[:1]), "vision")):
             if found:
-                raise Fail(params.where, f"this is a {what} checkpoint", FULL)
+                raise Fail(params.where, f"this is a {what} checkpoint", key, "a text model in full precision", FULL)
 
     def without_fp8(self, shard: int, tensors: dict) -> dict:
         """The fp8 release of 405B: a file of scales beside each shard, one for every row of its slices."""
@@ -964,7 +1025,8 @@ class MetaFolder(Source):
             if tensor.type == FP8:
                 key = re.sub(r"layers\.(\d+)\.(feed_forward\.w[123])\.weight", rf"\1_\2_{shard}", name)
                 if key not in scales:
-                    raise Fail(path, f"the scale {key} is missing", TOGETHER)
+                    raise Fail(path, f"the scale {key} is missing", f"{len(scales)} others", "one for each fp8 tensor",
+                               TOGETHER)
                 tensors[name] = scaled(tensor, scales[key])
         return tensors
 
@@ -974,13 +1036,15 @@ class MetaFolder(Source):
             parts, where = [shard[name] for shard in shards], f"{self.path}: tensor {name}"
             if len(parts[0].shape) == 1:
                 if not all(equal(part, parts[0]) for part in parts):
-                    raise Fail(where, "the shards do not fit together: it differs between them", TOGETHER)
+                    raise Fail(where, "the shards do not fit together", "different numbers", "the same in each of them",
+                               TOGETHER)
                 return parts[0]
             return join(where, parts, 1 if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")) else 0)
 
         odd = sorted(set().union(*shards).difference(*[set(shards[0]).intersection(*shards)]))
         if odd:
-            raise Fail(self.path, f"the tensor {odd[0]} is not in every shard", TOGETHER)
+            raise Fail(self.path, f"the tensor {odd[0]} is not in every shard",
+                       f"it in {sum(odd[0] in shard for shard in shards)}", f"it in all {len(shards)}", TOGETHER)
         return shards[0] if len(shards) == 1 else {name: merged(name) for name in shards[0]}
 
     def true_kv_heads(self, available: dict, stored: int, head_width: int, shards: int) -> int:
@@ -1009,12 +1073,12 @@ def read_safetensors(path: Path) -> dict:
     """u64 length of the header, JSON header, data. All that the header says is checked against the file."""
     file = File(path)
 
-    def lie(what: str) -> Fail:
-        return Fail(path, f"its header is wrong: {what}", AGAIN)
+    def lie(what: str, found: object, expected: object) -> Fail:
+        return Fail(path, f"its header is wrong: {what}", found, expected, AGAIN)
 
     length = int.from_bytes(file.read(0, 8).tobytes(), "little")
     if length > min(file.size - 8, 100_000_000):
-        raise lie(f"a length of {length} bytes in a file of {file.size}")
+        raise lie("its length", f"{length} bytes", f"at most 100000000 in a file of {file.size}")
     try:
         header = json.loads(file.read(8, length).tobytes())
         entries = [(*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
@@ -1022,18 +1086,18 @@ def read_safetensors(path: Path) -> dict:
         if any(type(n) is not int or n < 0 for begin, end, _, _, shape in entries for n in (begin, end, *shape)):
             raise ValueError("a count is not a whole number")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise lie(f"{type(error).__name__}: {error}") from None
+        raise lie("no list of tensors", f"{type(error).__name__}: {error}", "dtype, shape and data_offsets of each") from None
     start, position, tensors = 8 + length, 0, {}
     for begin, end, name, dtype, shape in sorted(entries):
         if dtype not in SAFETENSORS:
-            raise lie(f"tensor {name} is of the unknown type {dtype!r}")
+            raise lie(f"the type of tensor {name}", repr(dtype), f"one of {', '.join(SAFETENSORS)}")
         expected = position + math.prod(shape) * SAFETENSORS[dtype].size
         if (begin, end) != (position, expected):
-            raise lie(f"tensor {name}, {list(shape)} {dtype}, lies from {begin} to {end}, expected {position} to {expected}")
+            raise lie(f"the place of tensor {name}, {list(shape)} {dtype}", f"{begin} to {end}", f"{position} to {expected}")
         position = end
         tensors[name] = file.tensor(name, SAFETENSORS[dtype], shape, start + begin)
     if start + position != file.size:
-        raise lie(f"its tensors end at {start + position}, the file at {file.size}")
+        raise lie("the end of its tensors", start + position, f"{file.size}, the end of the file")
     return tensors
 
 
@@ -1065,7 +1129,8 @@ class HuggingFaceFolder(Source):
                 self.tensors[name] = interleaved(tensor, head_width)
 
     def json(self, path: Path) -> Keys:
-        self.files.append(path)
+        if path not in self.files:
+            self.files.append(path)
         return Keys.of_json(path)
 
     @staticmethod
@@ -1075,7 +1140,7 @@ class HuggingFaceFolder(Source):
         doc.expect("architectures", ["LlamaForCausalLM"])
         quantised = doc("quantization_config", dict, {})
         if quantised and quantised.get("quant_method") != "fbgemm_fp8":
-            raise Fail(doc.where, f"the weights are quantised with {quantised.get('quant_method')}", FULL)
+            raise Fail(doc.where, "the weights are quantised", quantised.get("quant_method"), "fbgemm_fp8 or none", FULL)
         for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("sliding_window", None),
                            ("partial_rotary_factor", 1), ("num_local_experts", None)):
             doc.expect(key, plain, None)
@@ -1089,7 +1154,7 @@ class HuggingFaceFolder(Source):
         if kind == "default":
             return Rope(), theta
         if kind != "llama3":
-            raise Fail(doc.where, f"the RoPE scaling is {kind!r}, expected 'llama3' or none", ONLY)
+            raise Fail(doc.where, "the RoPE scaling is not that of Llama 3", repr(kind), "'llama3' or none", ONLY)
         scaling = Rope(*(rope(key, float) for key in ("factor", "low_freq_factor", "high_freq_factor")),
                        rope("original_max_position_embeddings", int))
         return scaling.with_factor(scaling.factor), theta
@@ -1098,28 +1163,31 @@ class HuggingFaceFolder(Source):
         """model.safetensors, or the shards of an index: every tensor is in the shard that the index says."""
         single, index_path = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
         if (self.path / "adapter_config.json").exists():
-            raise Fail(self.path, "this is a LoRA adapter", "Merge it with its base model first.")
+            raise Fail(self.path, "this is a LoRA adapter", "adapter_config.json", "a whole model",
+                       "Merge it with its base model first.")
         if not index_path.exists():
             if not single.exists():
                 found = ", ".join(sorted(p.name for p in self.path.glob("*.[sb][ai]*")))
-                raise Fail(self.path, f"neither model.safetensors nor model.safetensors.index.json is here (found "
-                           f"{found or 'no weights'})", "Download it as well.")
+                raise Fail(self.path, "neither model.safetensors nor model.safetensors.index.json is here",
+                           found or "no weights", "one of them", "Download it as well.")
             self.files.append(single)
             return read_safetensors(single)
         index = self.json(index_path)("weight_map", dict)
         tensors: dict = {}
         for name in sorted(set(map(str, index.values()))):
             if Path(name).name != name:
-                raise Fail(index_path, f"it names {name}, which is not in this folder", AGAIN)
+                raise Fail(index_path, "it names a file that is not in this folder", repr(name), "names without a folder",
+                           AGAIN)
             self.files.append(self.path / name)
             for tensor, value in read_safetensors(self.path / name).items():
                 if index.get(tensor) != name:
-                    raise Fail(value.where, f"the shards do not fit together; the index has it in {index.get(tensor)}",
-                               TOGETHER)
+                    raise Fail(value.where, "the shards do not fit together", f"it in {name}",
+                               f"it in {index.get(tensor, 'no file')}, by the index", TOGETHER)
                 tensors[tensor] = value
         missing = [name for name in index if name not in tensors]
         if missing:
-            raise Fail(self.path / index[missing[0]], f"the tensor {missing[0]} is missing{also(missing)}", TOGETHER)
+            raise Fail(self.path / index[missing[0]], f"the tensor {missing[0]} is missing{also(missing)}",
+                       f"{len(tensors)} tensors", f"{len(index)}, by the index", TOGETHER)
         return tensors
 
     @staticmethod
@@ -1129,7 +1197,7 @@ class HuggingFaceFolder(Source):
         for name, tensor in tensors.items():
             if tensor.type == FP8:
                 if f"{name}_scale" not in scales:
-                    raise Fail(tensor.where, f"{name}_scale is missing for this fp8 tensor", TOGETHER)
+                    raise Fail(tensor.where, f"{name}_scale is missing", "no scales", "one for each row of fp8", TOGETHER)
                 tensors[name] = scaled(tensor, scales.pop(f"{name}_scale"))
         tensors.update(scales)    # what is left over will be refused
         return tensors
@@ -1138,12 +1206,13 @@ class HuggingFaceFolder(Source):
         places = [self.path / name for name in ("tokenizer.json", "original/tokenizer.model", "tokenizer.model")]
         path = next((p for p in places if p.exists()), None)
         if path is None:
-            raise Fail(self.path, "neither tokenizer.json nor tokenizer.model is here", "Download it as well.")
+            raise Fail(self.path, "neither tokenizer.json nor tokenizer.model is here", "no tokenizer", "one of them",
+                       "Download it as well.")
         self.files.append(path)
         if path == places[0]:
             return read_tokenizer_json(path).check(path, vocabulary)
         config = self.path / "tokenizer_config.json"
-        added = Keys.of_json(config)("added_tokens_decoder", dict, {}) if config.exists() else {}
+        added = self.json(config)("added_tokens_decoder", dict, {}) if config.exists() else {}
         tokenizer = Tokenizer(read_tiktoken(path), {int(number): Keys(config, entry)("content", str)
                                                     for number, entry in added.items()}) if added else \
             self.meta_tokenizer(path, is_scaled, vocabulary)
@@ -1155,7 +1224,7 @@ class HuggingFaceFolder(Source):
             value = keys.values.get("eos_token_id")
             ends += value if isinstance(value, list) else [] if value is None else [value]
             if any(type(number) is not int for number in ends):
-                raise Fail(keys.where, f"eos_token_id is {value!r}, expected ids", AGAIN)
+                raise Fail(keys.where, "eos_token_id is of the wrong kind", repr(value)[:80], "ids", AGAIN)
         return ends
 
     def read_template(self) -> str:
@@ -1179,12 +1248,12 @@ class GgufReader:
     def __init__(self, path: Path):
         self.file, self.position = File(path), 4
         if self.file.size < 32:
-            raise self.damaged("it ends inside its header")
+            raise self.damaged("it ends inside its header", f"{self.file.size} bytes", "32 or more")
         with mmap.mmap(self.file.handle.fileno(), 0, access=mmap.ACCESS_READ) as self.data:
             version = self.number("I")
             if self.data[:4] != b"GGUF" or version not in (2, 3):
-                raise Fail(path, f"cannot be read as GGUF (found {self.data[:4]!r} version {version}, expected b'GGUF' "
-                           "version 2 or 3, little-endian)", "Make it again with a current llama.cpp.")
+                raise Fail(path, "cannot be read as GGUF", f"{self.data[:4]!r} version {version}",
+                           "b'GGUF' version 2 or 3, little-endian", "Make it again with a current llama.cpp.")
             count, keys = self.number("Q"), self.number("Q")
             self.keys = {self.text(): self.value(self.number("I")) for _ in range(keys)}
             entries = []
@@ -1197,27 +1266,29 @@ class GgufReader:
         self.tensors: dict = {}
         for offset, name, kind, shape in sorted(entries):
             if name in self.tensors or start + offset < end or len(shape) not in (1, 2) or min(shape) < 1:
-                raise self.damaged(f"the tensor {name} {list(shape)} at {offset} overlaps, is a second one or no matrix")
+                raise self.damaged(f"the tensor {name} overlaps, is a second one or no matrix", f"{list(shape)} at {offset}",
+                                   f"one or two dimensions, at {end - start} or later")
             tensor = self.tensors[name] = self.file.tensor(name, self.type(kind, name), shape, start + offset)
             end = start + offset + tensor.rows * tensor.row_bytes
             if end > self.file.size:
-                raise self.damaged(f"the tensor {name} ends at {end}, the file at {self.file.size}")
+                raise self.damaged(f"the tensor {name} ends after the file", end, f"at most {self.file.size}")
 
-    def damaged(self, what: str) -> Fail:
-        return Fail(self.file.path, what, AGAIN)
+    def damaged(self, what: str, found: object, expected: object) -> Fail:
+        return Fail(self.file.path, what, found, expected, AGAIN)
 
     def number(self, format: str) -> Any:
         try:
             value, = struct.unpack_from("<" + format, self.data, self.position)
         except struct.error:
-            raise self.damaged("it ends inside its header") from None
+            raise self.damaged("it ends inside its header", f"{self.file.size} bytes", "more") from None
         self.position += struct.calcsize("<" + format)
         return value
 
     def text(self) -> str:
         length = self.number("Q")
         if length > min(self.file.size - self.position, 1 << 26):
-            raise self.damaged(f"its header has a string of {length} bytes")
+            raise self.damaged("a string of its header is too long", f"{length} bytes",
+                               f"at most {min(self.file.size - self.position, 1 << 26)}")
         self.position += length
         return self.data[self.position - length:self.position].decode("utf-8", "replace")
 
@@ -1228,7 +1299,8 @@ class GgufReader:
             return self.number(self.SCALARS[kind])
         inner, count = self.number("I"), self.number("Q")
         if kind != 9 or inner not in (*self.SCALARS, 8) or count > 1 << 24:
-            raise self.damaged(f"its header has a value of the unknown type {kind}, or a list of {count}")
+            raise self.damaged("its header has a value of an unknown type, or too long a list",
+                               f"type {kind}, {count} of type {inner}", f"types 0 to 12, at most {1 << 24} of them")
         return [self.value(inner) for _ in range(count)]
 
     def type(self, number: int, name: str) -> Type:
@@ -1236,7 +1308,8 @@ class GgufReader:
             return self.TYPES[number]
         constants = gguf_package().constants
         if number not in list(constants.GGMLQuantizationType):
-            raise Fail(f"{self.file.path}: tensor {name}", f"its type {number} is unknown", "Update the package gguf.")
+            raise Fail(f"{self.file.path}: tensor {name}", "its type is unknown", number, "one that the package gguf knows",
+                       "Update the package gguf.")
         return Type(constants.GGMLQuantizationType(number).name,
                     *constants.GGML_QUANT_SIZES[constants.GGMLQuantizationType(number)])
 
@@ -1256,8 +1329,8 @@ class GgufFile(Source):
         available = {name: tensor for reader in readers for name, tensor in reader.tensors.items()}
         parts, total = keys("split.count", int, 1), keys("split.tensors.count", int, len(available))
         if (max(parts, 1), total) != (len(files), sum(len(reader.tensors) for reader in readers)) or total != len(available):
-            raise Fail(path, f"the parts do not fit together (found {len(available)} tensors in {len(files)} parts, "
-                       f"expected {total} in {parts})", "Keep the names NAME-00001-of-0000N.gguf, all in one folder.")
+            raise Fail(path, "the parts do not fit together", f"{len(available)} tensors in {len(files)} parts",
+                       f"{total} in {parts}", "Keep the names NAME-00001-of-0000N.gguf, all in one folder.")
         self.refuse(keys)
         layers, width, heads = (keys(f"llama.{key}", int) for key in
                                 ("block_count", "embedding_length", "attention.head_count"))
@@ -1290,8 +1363,9 @@ class GgufFile(Source):
         tokens, types = keys("tokenizer.ggml.tokens", list), keys("tokenizer.ggml.token_type", list)
         count = types.index(3) if 3 in types else len(types)
         if len(types) != len(tokens) or types[:count] != [1] * count or 1 in types[count:]:
-            raise Fail(self.path, f"{len(types)} token types for {len(tokens)} tokens, expected ordinary ones (1), then "
-                       "special ones (3)", ONLY)
+            raise Fail(self.path, "the token types are wrong",
+                       f"{len(types)} for {len(tokens)} tokens, the first special one at {count}",
+                       "one for each: ordinary ones (1), then special ones (3)", ONLY)
         ranks = [visible_to_bytes(token, self.path) for token in tokens[:count]]
         check_merges(keys("tokenizer.ggml.merges", list, []), ranks, self.path)
         # 3 control, 4 added by a user; those of type 5 only fill up the vocabulary
@@ -1304,14 +1378,16 @@ class GgufFile(Source):
                                               "before August 2024 lack it")
             return Rope().with_factor(self.decide("RoPE factor", "rope-factor", 1.0, why))
         values = divisors.floats(0, 1)[0]
+        if 2 * values.size != head_width:
+            raise Fail(divisors.where, "the number of divisors is wrong", values.size, f"half the head width {head_width}",
+                       AGAIN)
         rope = Rope().with_factor(float(values.max()))
         expected = rope.divisors(theta, head_width)
-        if values.shape != expected.shape:
-            raise Fail(divisors.where, f"there are {values.size} divisors, expected {expected.size}", AGAIN)
         pair = int(np.argmax(np.abs(values / expected - 1)))
         if abs(values[pair] / expected[pair] - 1) > 1e-4:
-            raise Fail(divisors.where, f"divisor {pair} is {values[pair]:.6g}, expected {expected[pair]:.6g} for the factor "
-                       f"{rope.factor:g}", "Only the RoPE scaling of Llama 3.1 and later can be converted.")
+            raise Fail(divisors.where, f"divisor {pair} is wrong", f"{values[pair]:.6g}",
+                       f"{expected[pair]:.6g} for the factor {rope.factor:g}",
+                       "Only the RoPE scaling of Llama 3.1 and later can be converted.")
         return rope.with_factor(self.decide("RoPE factor", "rope-factor", rope.factor))
 
 
@@ -1334,11 +1410,12 @@ class L3File(Source):
         head = self.file.read(0, 128).tobytes()
         magic, version, _, size, *sections, digest = struct.unpack("<8s2IQ12QQ", head)
         if magic != MAGIC or version != 1:
-            raise Fail(path, f"not an .l3 file of version 1 (found {magic!r} version {version})", "Use a newer convert.py.")
-        self.need(checksum(head[:120]) == digest, "the header")
-        self.need(size == self.file.size, f"the size (found {self.file.size} bytes, expected {size})")
+            raise Fail(path, "not an .l3 file of version 1", f"{magic!r} version {version}", f"{MAGIC!r} version 1",
+                       "Use a newer convert.py.")
+        self.need("the header", f"{checksum(head[:120]):016x}", f"{digest:016x}")
+        self.need("the size", self.file.size, size)
         config, tokenizer, table, history = (self.section(*sections[i:i + 3]) for i in (0, 3, 6, 9))
-        self.need(len(config) == 128 and len(table) >= 8, "the configuration")
+        self.need("the configuration", len(config), 128)
         self.config = Config.unpack(config, path)
         self.tokenizer = Tokenizer.unpack(tokenizer, path).check(path, self.config.vocabulary)
         self.history = history.decode("utf-8", "replace")
@@ -1351,27 +1428,31 @@ class L3File(Source):
                 self.decide("RoPE factor", "rope-factor", self.config.rope.factor))
             if options.end_tokens is not None:
                 self.config.ends = self.end_tokens([], self.config.vocabulary)
+            self.check(path)
 
-    def need(self, good: bool, what: str) -> None:
-        if not good:
-            raise Fail(self.path, f"{what} is damaged", "Convert the model again.")
+    def need(self, what: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise Fail(self.path, f"{what} is damaged", found, expected, "Convert the model again.")
 
     def section(self, offset: int, count: int, digest: int) -> bytes:
         data = self.file.read(offset, count).tobytes()
-        self.need(checksum(data) == digest, f"the section at {offset}")
+        self.need(f"the section at {offset}", f"{checksum(data):016x}", f"{digest:016x}")
         return data
 
     def read_table(self, table: bytes) -> None:
-        entries = [struct.unpack_from(ENTRY, table, position) for position in range(8, len(table) - 95, 96)]
-        self.need(9 * self.config.layers <= len(entries), "the tensor table")
         shapes = self.config.tensors()
-        self.need([entry[0].rstrip(b"\0").decode("latin-1") for entry in entries] == list(shapes), "the tensor table")
+        self.need("the tensor table", f"{len(table)} bytes", f"{8 + 96 * len(shapes)} bytes")
+        entries = struct.iter_unpack(ENTRY, table[8:])
         self.tensors, self.formats, self.places = {}, {}, {}
-        for (name, shape), (_, number, dimensions, rows, columns, offset, count, digest, *_) in zip(shapes.items(), entries):
-            format = next((format for format, layout in FORMATS.items() if layout.number == number), "f32")
-            expected = FORMATS[format].bytes(*shape) if len(shape) == 2 else 4 * columns
-            self.need((dimensions, rows, columns) == (len(shape), *(1, *shape)[-2:]) and FORMATS[format].number == number
-                      and count == expected and offset % 64 == 0 and offset + count <= self.file.size, f"tensor {name}")
+        names = {layout.number: format for format, layout in FORMATS.items()}
+        for (name, shape), entry in zip(shapes.items(), entries):
+            stored, number, dimensions, rows, columns, offset, count, digest, *_ = entry
+            self.need("the tensor table", stored.rstrip(b"\0").decode("latin-1"), name)
+            format = names.get(number, "f32") if len(shape) == 2 else "f32"
+            size = FORMATS[format].bytes(*shape) if len(shape) == 2 else 4 * shape[0]
+            self.need(f"tensor {name}", [number, dimensions, rows, columns, count, offset % 64],
+                      [FORMATS[format].number, len(shape), *(1, *shape)[-2:], size, 0])
+            self.need(f"the end of tensor {name}", max(offset + count, self.file.size), self.file.size)
             self.formats[name], self.places[name] = format, (offset, count, digest)
             self.tensors[name] = self.file.tensor(name, F32, shape, offset) if dimensions == 1 else Tensor(
                 f"{self.path}: tensor {name}", FORMATS[format].source, shape, functools.partial(self.rows, name, columns))
@@ -1389,7 +1470,7 @@ class L3File(Source):
             digest = hashlib.blake2b(digest_size=8)
             for position in range(offset, offset + count, 1 << 22):
                 digest.update(self.file.read(position, min(1 << 22, offset + count - position)))
-            self.need(int.from_bytes(digest.digest(), "little") == expected, f"tensor {name}")
+            self.need(f"tensor {name}", digest.digest()[::-1].hex(), f"{expected:016x}")
 
 
 # ═══ 6  Writing ══════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1424,7 +1505,7 @@ class Hashes(threading.Thread):
     def result(self) -> list:
         self.join()
         if self.error:
-            raise Fail(self.error.filename, f"cannot be read ({self.error.strerror})", "Convert it again.")
+            raise Fail(self.error.filename, "cannot be read", self.error.strerror, "all its bytes", "Convert it again.")
         return self.digests
 
 
@@ -1454,7 +1535,7 @@ def write(source: Source, kind: str, part: Path, options: argparse.Namespace) ->
         entries.append((name, tensor, format, start, end - start))
     free = shutil.disk_usage(part.parent).free
     if free < end:
-        raise Fail(part, f"the disk is too full (found {size_text(free)} free, expected {size_text(end)})",
+        raise Fail(part, "the disk is too full", f"{size_text(free)} free", size_text(end),
                    "Free some space, or choose another place with -o.")
 
     table, segments = struct.pack("<2I", len(entries), 0), source.config.segments()
@@ -1487,7 +1568,8 @@ def verify(source: Source, path: Path) -> None:
     written = L3File(path, None)
     written.check_tensors()
     if written.config.pack() != source.config.pack() or written.tokenizer != source.tokenizer:
-        raise Fail(path, "the configuration or the tokenizer differs from the source's", "Convert the model again.")
+        raise Fail(path, "the configuration or the tokenizer differs from the source's", "other bytes", "the same",
+                   "Convert the model again.")
     for name, tensor in source.tensors.items():
         format, back = written.formats[name], written.tensors[name]
         for first, last in tensor.blocks_of_rows():
@@ -1497,8 +1579,8 @@ def verify(source: Source, path: Path) -> None:
                 written.panels(name, first // 16, -(-last // 16)), encode(tensor, format, first, last))
             if wrong.any() or not same:
                 row, column = np.argwhere(wrong)[0] if wrong.any() else (0, 0)
-                raise Fail(path, f"tensor {name} is not that of the source near row {first + row}, column {column} (found "
-                           f"{found[row, column]}, expected {wanted[row, column]})", "Convert the model again.")
+                raise Fail(path, f"tensor {name} is not that of the source near row {first + row}, column {column}",
+                           found[row, column], wanted[row, column], "Convert the model again.")
     written.file.handle.close()    # some systems do not rename a file that is open
 
 
@@ -1539,15 +1621,15 @@ def open_source(path: Path, options: argparse.Namespace) -> Source:
         if any(path.glob("consolidated.*.pth")):
             return MetaFolder(path, options)
         found = ", ".join(sorted(child.name for child in path.iterdir())[:5]) or "nothing"
-        raise Fail(path, f"neither a Meta nor a Hugging Face folder (found {found}, expected consolidated.00.pth or "
-                   "config.json)", "Give the folder that holds the weights, or the GGUF file itself.")
+        raise Fail(path, "neither a Meta nor a Hugging Face folder", found, "consolidated.00.pth or config.json",
+                   "Give the folder that holds the weights, or the GGUF file itself.")
     with File(path).handle as file:
         start = file.read(8)
     if start[:4] == b"GGUF":
         return GgufFile(path, options)
     if start == MAGIC:
         return L3File(path, options)
-    raise Fail(path, f"neither a GGUF nor an .l3 file (it starts with {start!r})",
+    raise Fail(path, "neither a GGUF nor an .l3 file", f"{start!r} at its start", f"b'GGUF' or {MAGIC!r}",
                "For .pth and .safetensors files give the folder that holds them.")
 
 
@@ -1591,16 +1673,21 @@ def size_text(count: int) -> str:
 def convert(options: argparse.Namespace) -> None:
     started, path = time.monotonic(), Path(options.source)
     if not path.exists():
-        raise Fail(path, "there is no such file or folder", "Check the name.")
+        raise Fail(path, "there is no such file or folder", "nothing",
+                   "a Meta folder, a Hugging Face folder, a .gguf or an .l3 file", "Check the name.")
     source = open_source(path, options)
     kind = choose_type(source, options.type)
     out = Path(options.output or f"{model_name(source.path)}-{kind}.l3")
     part = out.with_name(out.name + ".part")
-    if out.exists() and not out.is_file() or not out.parent.is_dir():
-        raise Fail(out, "this is not a file" if out.exists() else "its folder does not exist", "Choose a file name with -o.")
+    if out.exists() and not out.is_file():
+        raise Fail(out, "this is not a file", "a folder" if out.is_dir() else "a device", "a file, or nothing yet",
+                   "Choose a file name with -o.")
+    if not out.parent.is_dir():
+        raise Fail(out, "its folder does not exist", "nothing", f"the folder {out.parent}", "Choose a file name with -o.")
     for written, read in itertools.product((out, part), source.files):
         if written.exists() and os.path.samefile(read, written):
-            raise Fail(written, "this file is the source, which would be overwritten", "Choose another name with -o.")
+            raise Fail(written, "this file is the source, which would be overwritten", read, "another file",
+                       "Choose another name with -o.")
     try:
         write(source, kind, part, options)
         if options.verify:
@@ -1610,7 +1697,7 @@ def convert(options: argparse.Namespace) -> None:
         os.replace(part, out)
     except OSError as error:
         todo = "Free some space, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
-        raise Fail(error.filename or part, f"cannot be written ({error.strerror})",
+        raise Fail(error.filename or part, "cannot be written", error.strerror, f"room for {out.name}",
                    f"{todo} another place with -o.") from None
     finally:
         with contextlib.suppress(OSError):
@@ -1618,19 +1705,35 @@ def convert(options: argparse.Namespace) -> None:
     say(f"wrote {out}: {size_text(size)} in {time.monotonic() - started:.0f} s")
 
 
+class Usage(Fail):
+    """A mistake in the command line."""
+
+    def __init__(self, where: str, what: str, found: object, expected: object):
+        super().__init__(where, what, found, expected, "See --help.")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        say(f"convert: {message}. See --help.")
-        sys.exit(2)
+        flag, _, problem = message.replace("argument ", "", 1).partition(": ")
+        if problem.startswith("expected"):
+            raise Usage(flag, "its value is missing", "nothing", "one value")
+        raise Usage(flag, "wrong usage", problem, "as in --help")
 
 
-def number_from(kind: type, least: int) -> Callable[[str], Any]:
+def one_of(flag: str, names: Any) -> dict:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise Usage(flag, "unknown value", repr(text), f"one of {', '.join(names)}")
+        return text
+    return {"type": parse, "metavar": f"{{{','.join(names)}}}"}
+
+
+def number(flag: str, kind: type, most: Any) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < 1 << 31:
-            raise ValueError
-        return value
-    parse.__name__ = f"number of at least {least}"    # argparse puts this in its message
+        with contextlib.suppress(ValueError):
+            if 1 <= kind(text) <= most:
+                return kind(text)
+        raise Usage(flag, "unknown value", repr(text), f"{'a whole' if kind is int else 'a'} number from 1 to {most}")
     return parse
 
 
@@ -1638,22 +1741,34 @@ def parse_arguments(arguments: list) -> argparse.Namespace:
     parser = Parser(prog="convert.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description=__doc__.split("\n\nThe file format")[0])
     add = parser.add_argument
-    add("source", metavar="SRC", help="Meta folder, Hugging Face folder, GGUF file or .l3 file")
+    add("source", nargs="?", metavar="SRC", help="Meta folder, Hugging Face folder, GGUF file or .l3 file")
     add("-o", "--output", metavar="OUT", help="file to write (default: NAME-TYPE.l3 in the current folder)")
-    add("--type", choices=tuple(FORMATS), help="number format of the matrices (default: q8, or that of a quantised source)")
+    add("--type", **one_of("--type", FORMATS),
+        help="number format of the matrices (default: q8, or that of a quantised source)")
     add("--verify", action="store_true", help="read the file again and compare every number with the source")
-    add("--chat", choices=CHATS, help="chat format (default: by the source)")
-    add("--rope-factor", type=number_from(float, 1), metavar="F", help="RoPE scaling: 8 (3.1, 3.3), 32 (3.2), 1 for none")
-    add("--context", type=number_from(int, 1), metavar="N", help="context length that the model was made for")
+    add("--chat", **one_of("--chat", CHATS), help="chat format (default: by the source)")
+    add("--rope-factor", type=number("--rope-factor", float, 1e6), metavar="F",
+        help="RoPE scaling: 8 (3.1, 3.3), 32 (3.2), 1 for none")
+    add("--context", type=number("--context", int, 1 << 20), metavar="N", help="context length that the model was made for")
     add("--end-tokens", metavar="A,B", help="ids or names of the tokens that end a text")
-    add("--token-names", choices=tuple(TOKEN_NAMES), help="names of special tokens, where tokenizer.model is the source")
+    add("--token-names", **one_of("--token-names", TOKEN_NAMES),
+        help="names of special tokens, where tokenizer.model is the source")
     add("--no-hash", dest="hash", action="store_false", help="leave the sha256 of the weights out of the provenance")
     add("--debug", action="store_true", help="on an error, show where in this program it was found")
-    return parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise Usage(rest[0], "unknown argument", repr(" ".join(rest)), "one source and the flags of --help")
+    if options.source is None:
+        raise Usage("SRC", "there is no source", "nothing", "a folder, a .gguf or an .l3 file")
+    return options
 
 
 def main(arguments: list) -> int:
-    options = parse_arguments(arguments)
+    try:
+        options = parse_arguments(arguments)
+    except Usage as error:
+        say(f"convert: {error}")
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that the unfinished file is removed
     try:
         convert(options)
@@ -1664,9 +1779,10 @@ def main(arguments: list) -> int:
     except Exception as error:
         if options.debug:
             raise
-        say(f"convert: {error}" if isinstance(error, Fail) else " ".join(
-            f"convert: {options.source}: it is damaged, or convert.py has a fault ({type(error).__name__}: {error}). Run it "
-            "again with --debug and report what it shows.".split()))
+        fail = error if isinstance(error, Fail) else Fail(
+            options.source, "it is damaged, or convert.py has a fault", f"{type(error).__name__}: {error}", "none",
+            "Run it again with --debug and report what it shows.")
+        say(f"convert: {fail}")
         return 1
 
 

@@ -42,6 +42,9 @@ import convert  # noqa: E402
 TOKENIZER_MODEL = os.environ.get("LLAMA3_TOKENIZER_MODEL", "")
 ALL_TYPES = ("f32", "bf16", "q8", "q4")
 
+# Every error, on one line: where: what is wrong (found X, expected Y). What to do.
+ERROR = r"^convert: .+: .+ \(found .+, expected .+\)\. .+\.$"
+
 # ═══ A reader of .l3 files from FORMAT.md, in plain loops where that makes it easier to believe ══════════════════════════════
 
 
@@ -209,7 +212,7 @@ class Case(unittest.TestCase):
         found, text = run(source, "-o", out / "x.l3", *arguments)
         self.assertEqual(found, status, text)
         line = text.splitlines()[-1]
-        self.assertRegex(line, r"^convert: .+: .+\. .+\.$")
+        self.assertRegex(line, ERROR)
         for part in parts:
             self.assertIn(part, line)
         self.assertNotIn("convert.py has a fault", text)
@@ -319,7 +322,8 @@ class Sources(Case):
         # ties, halves, 0.49999997, equal magnitudes of both signs, zeros, tiny and large numbers
         rows = [[127, 0.5, -0.5, 1.5, 2.5, 0.49999997, -0.49999997, 126.5] * 4, [-8, 8, 3.5, -3.5, 0.5, -0.5, 7.5, -7.5] * 4,
                 [8, -8, 1, 2] * 8, [0] * 32, [-0.0] * 32, [1e-30] * 32, [1e-38, -1e-38] * 16, [1e-7 * i for i in range(32)],
-                [60000 * 8 - i for i in range(32)], [6e-8 * 127] + [3e-8] * 31, [-1] * 32, [1e-45] * 32]
+                [60000 * 8 - i for i in range(32)], [6e-8 * 127] + [3e-8] * 31, [-1] * 32, [1e-45] * 32,
+                *([x * y] * 32 for x in (127, 8) for y in (0.9e-35, 1e-35, 1.1e-35))]
         rng = np.random.default_rng(1)
         rows += list(rng.standard_normal((500, 32)) * np.exp(rng.standard_normal((500, 1)) * 3))
         values = np.array(rows, np.float32).reshape(-1, 64)
@@ -335,7 +339,8 @@ class Sources(Case):
             with np.errstate(over="ignore", invalid="ignore"):
                 raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[type]).reshape(*scales.shape, -1)
             np.testing.assert_array_equal(scales, np.ascontiguousarray(raw[..., :2]).view("<u2")[..., 0])
-            live = np.abs(values.reshape(-1, 2, 32)).max(2) > 1e-36    # below, 1/d is infinite and gguf's bytes are noise
+            # up to there 1/d is 0, by FORMAT.md; 1/d of the smallest is infinite, and gguf's bytes are noise
+            live = np.abs(values.reshape(-1, 2, 32)).max(2) / np.float32(127 if kind == "q8" else 8) > np.float32(1e-35)
             theirs = raw[..., 2:].view(np.int8) if kind == "q8" else np.concatenate(
                 [raw[..., 2:] & 15, raw[..., 2:] >> 4], axis=-1).astype(np.int8) - 8
             np.testing.assert_array_equal(found[live], theirs[live])
@@ -494,6 +499,17 @@ class Sources(Case):
         for name, digest in hashes.items():
             self.assertEqual(digest, hashlib.sha256((path / name).read_bytes()).hexdigest())
         self.assertEqual(sorted(hashes), sorted(os.listdir(path)))
+        (path / "chat_template.jinja").write_text("{{ '<|start_header_id|>' }}")
+        (path / "tokenizer.json").unlink()
+        checkpoints.write_hf(self.dir / "original", SMALL, tokenizer="original")
+        shutil.copytree(self.dir / "original" / "original", path / "original")
+        for template in (True, False):
+            if not template:
+                (path / "chat_template.jinja").unlink()
+            lines = self.convert(path).provenance.decode().splitlines()[2:]
+            files = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+            self.assertEqual(sorted(line.split(": ")[0][7:] for line in lines), sorted(files))
+        path = hf(self.dir / "again")
         lines = self.convert(path, "--no-hash").provenance.decode()
         self.assertIn("sha256 tokenizer.json: ", lines)
         self.assertNotIn("safetensors:", lines)
@@ -552,7 +568,7 @@ class Decisions(Case):
             self.assertIn(f"special tokens: {'llama3.2' if scheme == 'head' else 'llama3'} (", text)
         path = meta(self.dir / "m", SMALL)
         file = self.convert(path)
-        self.assertIn("chat format: llama3 (32 wide, 2 layers, unscaled RoPE; override with --chat)",
+        self.assertIn("chat format: llama3 (32 wide, 2 layers, unscaled RoPE, assumed instruct; override with --chat)",
                       self.said)
         self.assertEqual(file.words()[1][SMALL.ranks + 8], names["llama3"])
         self.assertEqual(file.numbers()["ends"], [SMALL.ranks + 1, SMALL.ranks + 9])
@@ -671,13 +687,14 @@ class Decisions(Case):
         self.assertEqual(run("Tiny-Llama-q8.l3", "--type", "q4")[0], 0)
         self.assertTrue((self.dir / "Tiny-Llama-q8.l3").exists() and (self.dir / "Tiny-Llama-q4.l3").exists())
 
-    def test_names_of_special_tokens_follow_the_published_list(self):
-        table = HERE.parent.parent / "shared" / "data" / "special_tokens.tsv"
-        if not table.exists():
-            self.skipTest("no special_tokens.tsv")
-        rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
-        for column, scheme in enumerate(("llama3", "llama3.1", "llama3.2", "hf"), 1):
-            self.assertEqual([row[column] for row in rows], convert.special_names(scheme, 256))
+    def test_names_of_special_tokens_follow_the_published_lists(self):
+        for scheme, digest in {
+                "llama3": "cf9350c4f1881b484e8500a9fe9ad770da9c40569c706c39bbc3e51dff7cb304",
+                "llama3.1": "2457b558e6d5610745b5fe67feb8e1f189104848161c485ed43397ae158d4239",
+                "llama3.2": "4835f1d80c292ed23fc4be5c8d6d28f2df14ef983d68bb9bf3c1d56a7575edf6",
+                "hf": "760dd30310b8e13e92ca971f8779887e6e8e8ecaf88388b841efa53bd999569a"}.items():
+            names = "\n".join(convert.special_names(scheme, 256))
+            self.assertEqual(hashlib.sha256(names.encode()).hexdigest(), digest)
 
 
 @unittest.skipUnless(TOKENIZER_MODEL, "LLAMA3_TOKENIZER_MODEL is not set: the real tokenizer was not checked")
@@ -768,7 +785,7 @@ class BadInput(Case):
         (self.dir / "empty").mkdir()
         self.refused(self.dir / "empty", "neither a Meta nor a Hugging Face folder (found nothing")
         (self.dir / "notes.txt").write_text("hello world")
-        self.refused(self.dir / "notes.txt", "neither a GGUF nor an .l3 file (it starts with b'hello wo')")
+        self.refused(self.dir / "notes.txt", "neither a GGUF nor an .l3 file (found b'hello wo' at its start, ")
         (self.dir / "nothing.gguf").write_text("")
         self.refused(self.dir / "nothing.gguf", "neither a GGUF nor an .l3 file")
         self.refused(meta(self.dir / "m") / "consolidated.00.pth", "give the folder")
@@ -826,6 +843,8 @@ class BadInput(Case):
                 status, text = run(source, "-o", self.dir / "noise.l3")
                 self.assertIn(status, (0, 1))
                 self.assertNotIn("convert.py has a fault", text)
+                if status:
+                    self.assertRegex(text.splitlines()[-1], ERROR)
                 self.assertEqual(status == 0, (self.dir / "noise.l3").exists())
                 (self.dir / "noise.l3").unlink(missing_ok=True)
             file.write_bytes(whole)
@@ -881,11 +900,11 @@ class BadInput(Case):
                              (".qweight", "GPTQ or AWQ"), (".lora_A.weight", "LoRA")):
             self.refused(self.rewritten(lambda t: t.update({q + suffix: ("BF16", (1,), b"\0\0")})), q + suffix, what)
         for method in ("bitsandbytes", "gptq", "awq", "compressed-tensors"):
-            self.refused(hf(self.dir / method, quantization_config={"quant_method": method}), f"quantised with {method}")
+            self.refused(hf(self.dir / method, quantization_config={"quant_method": method}), f"the weights are quantised (found {method}, ")
         for key, value in (("model_type", "mistral"), ("architectures", ["LlamaForSequenceClassification"]),
                            ("attention_bias", True), ("mlp_bias", True), ("hidden_act", "gelu"), ("sliding_window", 4096),
                            ("partial_rotary_factor", 0.5)):
-            self.refused(hf(self.dir / key, **{key: value}), "config.json", f"{key} is {value!r}")
+            self.refused(hf(self.dir / key, **{key: value}), "config.json", f"{key} is not that of Llama 3 (found {value!r}, ")
         for rope in ({"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}):
             self.refused(hf(self.dir / "rope", rope_scaling=rope), "the RoPE scaling is")
         (hf(self.dir / "lora") / "adapter_config.json").write_text("{}")
@@ -916,6 +935,52 @@ class BadInput(Case):
                 path = hf(self.dir / "h", **{key: value})
                 self.refused(path)
 
+    def test_numbers_beyond_the_limits_of_the_loader_are_refused(self):
+        good = dict(layers=2, width=32, heads=4, kv_heads=2, head_width=8, ffn_width=64, vocabulary=514, context=8192,
+                    epsilon=1e-5, theta=5e5, rope=convert.Rope(8, 1, 4, 8192), chat="none", tied=False, begin=258, ends=[3, 5])
+        convert.Config(**good).check("x")
+        for name, least, most in (
+                ("layers", 1, 1024), ("width", 1, 1 << 17), ("heads", 2, 1024), ("kv_heads", 1, 4), ("head_width", 2, 1024),
+                ("ffn_width", 1, 1 << 20), ("vocabulary", 259, 1 << 24), ("context", 1, 1 << 20), ("epsilon", 1e-30, 1.0),
+                ("theta", 1.0, 1e30), ("factor", 1.001, 1e6), ("low", 1e-6, 3.9), ("high", 1.1, 1e6), ("original", 1, 1 << 20),
+                ("begin", 0, 513)):
+            def changed(value):
+                rope = good["rope"]._replace(**{name: value}) if name in convert.Rope._fields else good["rope"]
+                return convert.Config(**{**good, "rope": rope, **({} if name in convert.Rope._fields else {name: value})})
+            for value in (least, most):
+                self.assertEqual(convert.Config.unpack(changed(value).check("x").pack(), "x").layers, changed(value).layers)
+            below, above = (least - 1, most + 1) if isinstance(least, int) else (least * 0.89, most * 1.1)
+            for value in (below, above):
+                with self.subTest(name=name, value=value), self.assertRaisesRegex(convert.Fail, ERROR[10:]):
+                    changed(value).check("x")
+        for wrong in (dict(ends=[5, 3]), dict(ends=[3, 3]), dict(ends=[514]), dict(ends=[*range(9)]), dict(epsilon=math.nan),
+                      dict(rope=convert.Rope(1, 1, 4, 8192)), dict(rope=convert.Rope(1 + 1e-9, 1, 4, 8192))):
+            with self.assertRaisesRegex(convert.Fail, ERROR[10:]):
+                convert.Config(**{**good, **wrong}).check("x")
+        self.assertRaises(convert.Fail, convert.Config.unpack, convert.Config(**good).pack()[:-1] + b"\1", "x")
+        # after the flags too, and for .l3 files
+        folder, l3 = hf(self.dir / "h"), self.dir / "x.l3"
+        self.assertEqual(run(folder, "-o", l3)[0], 0)
+        for source in (folder, l3):
+            self.refused(source, "RoPE", arguments=["--rope-factor", "1.000000001"])
+        self.refused(hf(self.dir / "long", max_position_embeddings=1 << 21), "context is out of range")
+        self.convert(hf(self.dir / "long", max_position_embeddings=1 << 21), "--context", 4096)
+        few = dict(checkpoints.weights(SMALL))
+        for name in ("tok_embeddings.weight", "output.weight"):
+            few[name] = few[name][:-250]
+        few = meta(self.dir / "few", vocab_size=SMALL.vocab - 250, tensors=few)
+        self.assertEqual(run(few, "-o", self.dir / "few.l3")[0], 0)
+        self.refused(self.dir / "few.l3", "--chat: ", arguments=["--chat", "llama3"])
+
+    def test_a_flag_without_an_effect_is_refused(self):
+        path, l3, g = hf(self.dir / "h"), self.dir / "x.l3", self.dir / "g.gguf"
+        self.assertEqual(run(path, "-o", l3)[0], 0)
+        checkpoints.write_gguf(g, SMALL, "bf16")
+        for source in (path, l3, g):
+            self.refused(source, "--token-names: this flag has no effect", arguments=["--token-names", "hf"])
+            self.convert(source, "--chat", "none", "--context", 77, "--rope-factor", 8, "--end-tokens", 5, "--no-hash")
+        self.convert(meta(self.dir / "m"), "--token-names", "hf")
+
     def test_a_pickle_that_names_anything_else_is_refused_by_that_name(self):
         marker = self.dir / "ran"
 
@@ -931,7 +996,7 @@ class BadInput(Case):
             path = meta(self.dir / f"{module}.{name}")
             evil = Evil(G(module, name), f"touch {marker}")
             checkpoints.write_pth(path / "consolidated.00.pth", {"tok_embeddings.weight": evil})
-            self.refused(path, f"the pickle names {module}.{name}", "nothing of it was run")
+            self.refused(path, f"nothing of it was run (found {module}.{name}, ")
         self.assertFalse(marker.exists())
 
     def test_pickles_that_are_no_checkpoints_are_refused(self):
@@ -983,10 +1048,10 @@ class BadInput(Case):
                 path.write_bytes(whole[:at] + value + whole[at + len(value):])
                 self.refused(path, "g.gguf")
         path.write_bytes(whole.replace(b"llama-bpe", b"gpt2-bpe!"))
-        self.refused(path, "tokenizer.ggml.pre is 'gpt2-bpe!'")
+        self.refused(path, "tokenizer.ggml.pre is not that of Llama 3 (found 'gpt2-bpe!', ")
         path.write_bytes(whole.replace(b"general.architecture" + struct.pack("<IQ", 8, 5) + b"llama",
                                        b"general.architecture" + struct.pack("<IQ", 8, 5) + b"gemma"))
-        self.refused(path, "general.architecture is 'gemma'")
+        self.refused(path, "general.architecture is not that of Llama 3 (found 'gemma', ")
 
     def test_an_l3_file_that_lies_is_refused(self):
         path = self.dir / "x.l3"
@@ -1011,8 +1076,8 @@ class BadInput(Case):
             return path
         merged = checkpoints.ranked_tokens(SMALL)[-1]
         left, right = (checkpoints.printable(merged[i:i + 1]) for i in (0, 1))
-        for edits, part in (({"model_type": "Unigram"}, "type is 'Unigram'"), ({"normalizer": {"type": "NFC"}}, "normalizer is"),
-                            ({"model_ignore_merges": False}, "ignore_merges is False"),
+        for edits, part in (({"model_type": "Unigram"}, "(found 'Unigram', "), ({"normalizer": {"type": "NFC"}}, "normalizer is"),
+                            ({"model_ignore_merges": False}, "ignore_merges is not that of Llama 3 (found False, "),
                             ({"model_byte_fallback": True}, "byte_fallback"),
                             ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "the pre-tokenizer is"),
                             ({"model_merges": [f"{right} {left}"]}, "makes no token"), ({"model_vocab": {"a": 0, "b": 2}}, "gaps"),
@@ -1030,7 +1095,7 @@ class BadInput(Case):
             (path / "tokenizer.model").write_bytes(text)
             self.refused(path, "tokenizer.model: line ")
         (path / "tokenizer.model").write_bytes(b"")
-        self.refused(path, "there are 0 tokens and 256 special ones for a vocabulary of 514")
+        self.refused(path, "vocabulary (found 0 and 256 special ones, expected 514)")
         self.convert(edited(model_merges=[]))
         self.assertIn("leaves out 2 that the runtime makes as well", self.said)
 
@@ -1098,7 +1163,7 @@ class BadInput(Case):
                           (Path("/proc/x.l3"), "/proc/x.l3.part: ")):
             status, text = run(path, "-o", out)
             self.assertEqual(status, 1)
-            self.assertRegex(text.splitlines()[-1], r"^convert: .+: .+\. .+\.$")
+            self.assertRegex(text.splitlines()[-1], ERROR)
             self.assertIn(part, text)
         with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=1000)):
             self.refused(path, "the disk is too full (found 0.00 MB free")
@@ -1111,7 +1176,7 @@ class BadInput(Case):
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
             return true_open(name, mode, *rest, **more)
         with mock.patch("builtins.open", read_only), mock.patch.object(Path, "unlink", side_effect=OSError(errno.EROFS, "read-only")):
-            self.refused(path, "x.l3.part: cannot be written (Read-only file system)")
+            self.refused(path, "x.l3.part: cannot be written (found Read-only file system, ")
 
     def test_a_disk_that_fills_up_leaves_nothing_behind(self):
         path, out = hf(self.dir / "h", SEGMENTS8), self.dir / "out"
@@ -1122,8 +1187,8 @@ class BadInput(Case):
         result = subprocess.run([sys.executable, CONVERT, path, "-o", out / "x.l3"], preexec_fn=limit, capture_output=True,
                                 text=True)
         self.assertEqual(result.returncode, 1, result.stderr)
-        self.assertRegex(result.stderr.splitlines()[-1],
-                         r"^convert: .+x\.l3\.part: cannot be written \(File too large\)\. .+\.$")
+        self.assertRegex(result.stderr.splitlines()[-1], ERROR)
+        self.assertIn("x.l3.part: cannot be written (found File too large, ", result.stderr)
         self.assertEqual((os.listdir(out), result.stdout), ([], ""))
 
     def test_a_missing_gguf_package_is_only_missed_where_it_is_needed(self):
@@ -1135,13 +1200,23 @@ class BadInput(Case):
             self.convert(self.dir / "q8_0.gguf")
         convert.gguf_package.cache_clear()
 
+    def test_a_missing_numpy_is_named(self):
+        code = "import runpy, sys; sys.modules['numpy'] = None; runpy.run_path(sys.argv[1])"
+        result = subprocess.run([sys.executable, "-c", code, CONVERT], capture_output=True, text=True)
+        self.assertEqual((result.returncode, len(result.stderr.splitlines())), (1, 1))
+        self.assertRegex(result.stderr, ERROR)
+
     def test_wrong_flags_end_in_one_line_and_status_2(self):
         for arguments, part in (
                 (["--type", "q5", "x"], "--type"), (["--nope", "x"], "--nope"), (["x", "-o"], "-o"), ([], "SRC"), (["x", "y"], "y"),
                 (["x", "--rope-factor", "much"], "--rope-factor"), (["x", "--rope-factor", "nan"], "--rope-factor"),
-                (["x", "--context", "0"], "--context"), (["x", "--chat", "chatml"], "--chat")):
+                (["x", "--context", "0"], "--context"), (["x", "--chat", "chatml"], "--chat"),
+                (["x", "--rope-factor", "1000001"], "--rope-factor"), (["x", "--context", "1048577"], "--context"),
+                (["x", "--verify=1"], "--verify"), (["x", "--token-names", "x"], "expected one of llama3, "),
+                (["--type", "q9", "x"], "--type: unknown value (found 'q9', expected one of f32, bf16, q8, q4). See --help.")):
             status, text = run(*arguments)
             self.assertEqual((status, len(text.splitlines())), (2, 1), text)
+            self.assertRegex(text, ERROR)
             self.assertIn(part, text)
         path = hf(self.dir / "h")
         self.refused(path, "--end-tokens", "'<|nope|>'", arguments=["--end-tokens", "<|nope|>"])
@@ -1160,6 +1235,30 @@ class CommandLine(Case):
         for flag in ("--type", "--verify", "--chat", "--rope-factor", "--context", "--end-tokens", "--token-names", "--no-hash",
                      "--debug"):
             self.assertIn(flag, result.stdout)
+
+    @unittest.skipUnless(Path("/proc/self/status").exists(), "no /proc to read the peak of memory from")
+    def test_a_large_matrix_is_never_held_whole(self):
+        """An embedding of 128256 x 2048 bf16, a hole of 525 MB, which would be 1051 MB as f32, in 300 MB."""
+        path, V, D = hf(self.dir / "h", SMALL, vocab_size=128256, hidden_size=2048, head_dim=8, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True), 128256, 2048
+        layer = {"self_attn.q_proj": [16, D], "self_attn.k_proj": [16, D], "self_attn.v_proj": [16, D],
+                 "self_attn.o_proj": [D, 16], "mlp.gate_proj": [64, D], "mlp.up_proj": [64, D], "mlp.down_proj": [D, 64],
+                 "input_layernorm": [D], "post_attention_layernorm": [D]}
+        shapes = {"model.embed_tokens.weight": [V, D], "model.norm.weight": [D],
+                  **{f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}}
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end := end + 2 * math.prod(shape)]}
+        text = json.dumps(header).encode()
+        with open(path / "model.safetensors", "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import convert; status = convert.main(sys.argv[2:]); "
+                "print([line for line in open('/proc/self/status') if 'VmHWM' in line][0].split()[1]); sys.exit(status)")
+        result = subprocess.run([sys.executable, "-c", code, CONVERT.parent, path, "-o", self.dir / "x.l3", "--type", "q4",
+                                 "--no-hash"], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertLess(int(result.stdout), 300_000)
 
     def test_a_run_prints_its_decisions_and_no_progress_bar_into_a_pipe(self):
         path = hf(self.dir / "h")
