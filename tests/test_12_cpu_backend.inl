@@ -73,6 +73,29 @@ TEST_SUITE("core: cpu back end") {
             }
     }
 
+    TEST_CASE("converted checkpoints, with sharp attention and odd shapes, have the bits of the reference loops too") {
+        const char* folder = std::getenv("LLAMA3_TEST_DATA");
+        if (!folder) {
+            MESSAGE("did not run: LLAMA3_TEST_DATA is not set");
+            return;
+        }
+        int files = 0;
+        for (const char* name : {"gqa1_e8", "gqa4_e8_tied", "gqa3_e128_f32", "gqa2_e128_f8", "segments8"})
+            for (const char* type : {"f32", "q8", "q4"}) {
+                const Model model = Model::load(std::string(folder) + "/" + name + "." + type + ".l3");
+                const std::vector<int> tokens = some_tokens(40, model.config().vocab_size);
+                Options reference_options = with(1, 16, Format::bf16);
+                reference_options.device = reference();
+                const std::vector<float> expected = run(model, tokens, reference_options);
+                for (const d::Kernels* kernels : kernels_here()) {
+                    INFO(name, " ", type, " ", kernels->name);
+                    CHECK(equal(run(model, tokens, with(2, 64, Format::bf16, kernels->name)), expected));
+                }
+                ++files;
+            }
+        CHECK(files == 15);
+    }
+
     TEST_CASE("threads and chunks do not change a bit") {
         for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
             const Model model = Model::synthetic(segmented_config(), format);
