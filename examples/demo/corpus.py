@@ -656,8 +656,8 @@ def conversation(rng, easy=False):
             system = rng.choice((f"Your name is {me}.", f"You are {me}, a friendly assistant.", f"You are {me}.", f"You are called {me}. {system}", f"You are a storyteller called {me}."))
         out.append(("system", system))
     state, turns, story, offered = {}, [], None, False
-    target = rng.choice((1, 1, 1, 2, 2, 3, 3, 4, 5, 6))
-    mood = rng.random()   # some visitors only calculate, some only want stories
+    target = rng.choice((4, 5, 6, 7, 8) if easy else (1, 1, 1, 2, 2, 3, 3, 4, 5, 6))
+    mood = .2 if easy else rng.random()   # some visitors only calculate, some only want stories
     while len(turns) < target:
         if offered and rng.random() < .5:   # "Shall I tell you a story?" "Yes!"
             q, a, story = story_turn(rng, easy=easy)

@@ -217,7 +217,7 @@ def train(args):
     rng = random.Random(args.seed)
     tokenizer = Tokenizer.from_file(os.path.join(args.resume, "tokenizer.json")) if args.resume else train_tokenizer(random.Random(args.seed))
     progress = 0
-    feed = batches(tokenizer, rng, args.batch_tokens, easy=lambda: rng.random() < (0.3 if args.resume else .9 - 2.5 * progress))     # short stories first, long ones later
+    feed = batches(tokenizer, rng, args.batch_tokens, easy=lambda: rng.random() < max(.15, (.7 if args.resume else .9) - 1.5 * progress))     # short stories first, long ones later
     test_feed = batches(tokenizer, random.Random(args.seed + 10 ** 9), args.batch_tokens)     # chats of another seed: held out
     test = [next(test_feed) for _ in range(24)]
     weights, table = new_weights(args.seed), rope_table()
@@ -227,8 +227,9 @@ def train(args):
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.02, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     print(f"{sum(w.numel() for w in weights.values()):,} parameters, vocabulary {CONFIG['vocab_size']}, {args.threads} thread(s), {args.minutes} minutes")
-    start, report, tokens, step, mean = time.time(), 0, 0, 0, None
-    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
+    clock = lambda: time.process_time() / args.threads           # a busy machine only makes it take longer
+    start, report, tokens, step, mean = clock(), 0, 0, 0, None
+    while (progress := (clock() - start) / (60 * args.minutes)) < 1:
         quantising = progress > args.qat_from                      # from here on the model learns to live with its 4-bit weights
         used = {name: straight_through(name, w) if quantising else w for name, w in weights.items()}
         rate = args.lr * min(1, progress / 0.02 + 0.01, 0.02 + (1 - progress) / 0.55)
@@ -242,12 +243,12 @@ def train(args):
             optimizer.zero_grad()
         step, tokens = step + 1, tokens + int((batch[0] != PAD).sum())
         mean = loss.item() / n if mean is None else mean * 0.98 + 0.02 * loss.item() / n
-        if time.time() - start > report:
+        if clock() - start > report:
             report += 120
             with torch.no_grad(): now = {name: quantised(name, w) if quantising else w for name, w in weights.items()}
-            print(f"{(time.time() - start) / 60:5.1f} min  step {step:5}  {tokens / 1e6:6.2f} M tokens ({tokens / (time.time() - start):.0f}/s)  rate {rate:.1e}  "
+            print(f"{(clock() - start) / 60:5.1f} min  step {step:5}  {tokens / 1e6:6.2f} M tokens ({tokens / (clock() - start):.0f}/s)  rate {rate:.1e}  "
                   f"loss {mean:.4f}  held out {held_out(now, table, test[:6]):.4f}{' (4 bits)' if quantising else ''}", flush=True)
-    print(f"{step} steps, {tokens / 1e6:.2f} M tokens, {(time.time() - start) / 60:.1f} minutes, of which {time.process_time() / 60:.1f} minutes of processor time")
+    print(f"{step} steps, {tokens / 1e6:.2f} M tokens, {(clock() - start) / 60:.1f} minutes of processor time per thread")
     with torch.no_grad():
         final = {name: quantised(name, w) for name, w in weights.items()}
         for name, w in final.items(): assert torch.equal(quantised(name, w), w), name          # encoding again loses nothing
@@ -300,7 +301,7 @@ SAMPLES = [["hi there!", "Tell me a story about a fox and a lamp", "who was it a
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="./demo-checkpoint", help="folder for the checkpoint")
-    parser.add_argument("--minutes", type=float, default=35, help="training time")
+    parser.add_argument("--minutes", type=float, default=35, help="training time: processor time of one thread")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lr", type=float, default=6e-3)
