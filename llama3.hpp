@@ -63,6 +63,7 @@
 #define LLAMA3_VERSION_PATCH 0
 #define LLAMA3_VERSION "0.1.0"
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -227,6 +228,11 @@ struct Options {
     std::string isa;                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
+// Seconds spent in each stage (§3), indexed by Stage.
+enum class Stage { embed, project_qkv, attend, project_out, gate_up, down, logits };
+constexpr const char* stage_names[] = {"embed", "project_qkv", "attend", "project_out", "gate_up", "down", "logits"};
+using StageTimes = std::array<double, 7>;
+
 // One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together.
 class Session {
 public:
@@ -248,6 +254,7 @@ public:
     std::span<const int> tokens() const;    // all that are in the cache
     int position() const;                   // their number
     int context() const;                    // how many fit
+    StageTimes stage_times() const;         // of this session's back end since it was opened
     const Model& model() const;
     void rewind(int position);        // forgets the tokens from `position` on; logits() is then empty
     void cancel() noexcept;           // from any thread: a running feed() stops within one stage with Error(cancelled)
@@ -531,7 +538,8 @@ public:
     // until the next step. Returns false if *cancel became true meanwhile (the caches' new positions are then undefined).
     virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
     virtual std::span<const float> logits(int i) const = 0;
-    virtual std::string describe() const = 0;  // instruction set or device, threads, memory
+    virtual StageTimes stage_times() const { return {}; }  // zeros where it is not measured
+    virtual std::string describe() const = 0;              // instruction set or device, threads, memory
 };
 
 class Device {
@@ -581,6 +589,7 @@ public:
 #include <bit>
 #include <cerrno>
 #include <cfloat>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -801,6 +810,7 @@ struct CpuFeatures {
     bool avx512 = false;       // F, BW, DQ, VL
     bool avx512_vnni = false;  // together with avx512
     bool avx512_bf16 = false;  // likewise
+    bool intel = false;
 };
 CpuFeatures cpu_features();
 int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
@@ -1799,6 +1809,7 @@ std::span<const float> Session::logits() const {
     return session.has_logits ? std::span<const float>(session.logits) : std::span<const float>();
 }
 std::span<const int> Session::tokens() const { return detail::alive(impl_, "Session::tokens").tokens; }
+StageTimes Session::stage_times() const { return detail::alive(impl_, "Session::stage_times").backend->stage_times(); }
 int Session::position() const { return static_cast<int>(detail::alive(impl_, "Session::position").tokens.size()); }
 int Session::context() const { return detail::alive(impl_, "Session::context").options.context; }
 const Model& Session::model() const { return detail::alive(impl_, "Session::model").model; }
@@ -2457,10 +2468,12 @@ struct Product {
     Matrix w;
     const std::byte* x;  // packed by Kernels::pack
     int tokens;          // T
+    int group;           // tokens_together(T)
     float* out;          // [T, stride], rows filled up to whole panels
     std::size_t stride;
     bool add;  // out += instead of out =
     int first_panel, last_panel;
+    std::byte* room;  // of unpacked_bytes()
 };
 
 // Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by
@@ -2486,19 +2499,32 @@ struct Attention {
 
 struct Kernels {
     const char* name;
-    int tile_tokens;  // tokens that a register tile takes: pack() puts that many together
-    bool own_bf16;    // bf16 products by an instruction with its own rounding
+    int tile_tokens, few_tokens;  // in a tile: where there are many, and at most where there are few
+    bool own_bf16;                // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
+    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
+    int tokens_together(int tokens) const {
+        const int tiles = (tokens + few_tokens - 1) / few_tokens;
+        return tokens < 4 * tile_tokens ? (tokens + tiles - 1) / tiles : tile_tokens;
+    }
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns);
     void (*multiply)(const Product& product);
     void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
     void (*attend)(const Attention& attention);
 };
 
-// Bytes of one packed token: floats, bf16, or per block of 32 columns 32 bytes, a float scale and the int32 sum of the bytes.
+// Bytes of one packed token: floats, or per block of 32 columns 32 bytes, a float and an int32.
 inline std::size_t packed_bytes(Format format, int columns) {
     const std::size_t n = static_cast<std::size_t>(round_up(columns, 64));
-    return format == Format::f32 ? 4 * n : format == Format::bf16 ? 2 * n : n / 32 * 40;
+    return format == Format::f32 || format == Format::bf16 ? 4 * n : n / block_columns * (block_columns + 8);
+}
+
+constexpr int max_tile_panels = 2;
+
+// Bytes of `panels` panels of q8 or q4 after unpacking: 16 rows of 32 bytes and a float for every block of 32 columns.
+inline std::size_t unpacked_bytes(int panels, int columns) {
+    return static_cast<std::size_t>(panels * panel_rows) * static_cast<std::size_t>(round_up(columns, 64)) / block_columns *
+           (block_columns + 4);
 }
 
 // Head width as it is stored for values, and groups of channels that share a scale.
@@ -2599,7 +2625,7 @@ namespace LLAMA3_KERNELS {
 
 using F = __m512;
 using I = __m512i;
-constexpr int lanes = 16, tile_tokens = 6, tile_panels = 2, signed_bias = 128;
+constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128;
 LLAMA3_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
@@ -2619,6 +2645,7 @@ LLAMA3_INLINE F load_bytes(const std::byte* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm512_loadu_si512(p); }
+LLAMA3_INLINE void store_bits(std::byte* p, I x) { _mm512_storeu_si512(p, x); }
 LLAMA3_INLINE I splat_int(int x) { return _mm512_set1_epi32(x); }
 LLAMA3_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 LLAMA3_INLINE I to_int(F x) { return _mm512_cvttps_epi32(x); }
@@ -2672,6 +2699,7 @@ LLAMA3_INLINE F load_bytes(const std::byte* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+LLAMA3_INLINE void store_bits(std::byte* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 LLAMA3_INLINE I splat_int(int x) { return _mm256_set1_epi32(x); }
 LLAMA3_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 LLAMA3_INLINE I to_int(F x) { return _mm256_cvttps_epi32(x); }
@@ -2698,13 +2726,13 @@ LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
 LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 #ifdef LLAMA3_VNNI
-constexpr int signed_bias = 128, tile_tokens = 6;
+constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 4;
 LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
     return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
 }
 LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
-constexpr int signed_bias = 0, tile_tokens = 4;
+constexpr int signed_bias = 0, tile_tokens = 4, few_tokens = 4;
 // vpmaddubsw adds pairs of products in 16 bits and saturates: exact only if they stay small. With |w| <= 127 and the sign moved
 // to the activation a pair is at most 2 * 127 * 127 = 32258; a nibble makes 2 * 15 * 127 = 3810, and eight of those still fit.
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
@@ -2720,7 +2748,7 @@ LLAMA3_INLINE I finish_pairs(I sum16) { return _mm256_madd_epi16(sum16, _mm256_s
 typedef float F __attribute__((vector_size(16)));
 typedef std::int32_t I __attribute__((vector_size(16)));
 typedef std::uint32_t U __attribute__((vector_size(16)));
-constexpr int lanes = 4, tile_tokens = 2, tile_panels = 1, signed_bias = 0;
+constexpr int lanes = 4, tile_tokens = 2, few_tokens = 2, tile_panels = 1, signed_bias = 0;
 LLAMA3_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, 16);
@@ -2756,6 +2784,7 @@ LLAMA3_INLINE I load_bits(const std::byte* p) {
     std::memcpy(&x, p, 16);
     return x;
 }
+LLAMA3_INLINE void store_bits(std::byte* p, I x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
 LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 LLAMA3_INLINE I to_int(F x) {
@@ -2799,13 +2828,18 @@ LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
 
 #endif
 
+LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
+
+// A sum of products of biased weights begins at `start`, which takes the bias away again.
 #ifdef LLAMA3_VNNI  // one instruction sums four products of unsigned and signed bytes in 32 bits, exactly
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) { return dot_bytes(sum, flip_signs(w), x); }
 LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_bytes(sum, nibbles, x); }
-LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
+LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
+LLAMA3_INLINE I finish_sum(I sum, const std::byte*) { return sum; }
+#else
+LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
+LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
 #endif
-
-LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
 // detail::exp, lane by lane, in the same operations.
 LLAMA3_INLINE F exp(F x) {
@@ -2829,9 +2863,17 @@ LLAMA3_INLINE F exp(F x) {
 }
 
 constexpr int parts = panel_rows / lanes;  // vectors per panel column
+#ifdef LLAMA3_BF16
+constexpr bool own_bf16 = true;
+#else
+constexpr bool own_bf16 = false;
+#endif
 
 // ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+#ifdef LLAMA3_BF16  // only products of bf16 differ
+using avx512::attend, avx512::normalise, avx512::swiglu;
+#else
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
     F sums[parts];
@@ -2849,6 +2891,8 @@ void normalise(float* out, const float* x, const float* weight, int n, float eps
     for (i = 0; i + lanes <= n; i += lanes) store(out + i, load(x + i) * splat(inverse) * load(weight + i));
     for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
+
+#endif
 
 // §8, quantise_group, for 32 floats; returns the scale and the sum of the bytes.
 LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& total) {
@@ -2878,7 +2922,8 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
 }
 
 // Puts the columns of up to tile_tokens tokens in the order in which a tile reads them: f32 [column][token]; bf16
-// [pair of columns][token]; for q8 and q4 per block [8 groups of 4 bytes][token], [token] scales, [token] sums.
+// the same, rounded, or [pair of columns][token] for dot_bf16; for q8 and q4 per block [8 groups of 4 bytes][token],
+// [token] scales, [token] int32 where a sum of products begins: -bias Σ bytes.
 void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns) {
     const std::size_t n = static_cast<std::size_t>(tokens), width = static_cast<std::size_t>(round_up(columns, 64));
     for (std::size_t t = 0; t < n; ++t) {
@@ -2886,7 +2931,9 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
         if (format == Format::f32)
             for (std::size_t c = 0; c < width; ++c) store_as(out + 4 * (c * n + t), row[c]);
         else if (format == Format::bf16)
-            for (std::size_t c = 0; c < width; ++c) store_as(out + 4 * (c / 2 * n + t) + 2 * (c % 2), to_bf16(row[c]));
+            for (std::size_t c = 0; c < width; ++c)
+                if (own_bf16) store_as(out + 4 * (c / 2 * n + t) + 2 * (c % 2), to_bf16(row[c]));
+                else store_as(out + 4 * (c * n + t), from_bf16(to_bf16(row[c])));
         else
             for (std::size_t block = 0; block < width / block_columns; ++block) {
                 std::int8_t bytes[block_columns];
@@ -2895,14 +2942,25 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
                 std::byte* to = out + block * 40 * n;
                 for (std::size_t g = 0; g < 8; ++g) std::memcpy(to + 4 * (g * n + t), bytes + 4 * g, 4);
                 store_as(to + 32 * n + 4 * t, scale);
-                store_as(to + 36 * n + 4 * t, total);
+                store_as(to + 36 * n + 4 * t, -(format == Format::q8 ? signed_bias : 8) * total);
             }
     }
 }
 
+// Fetches what a stream of weights reads soon.
+LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
+    LLAMA3_UNROLL
+    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + 1088 + line);
+}
+
+// Keeps the compiler from holding loaded values for the next use: it has too few registers for them, and would spill them.
+LLAMA3_INLINE void forget_loads() { asm volatile("" ::: "memory"); }
+
 // One unit of P panels times N tokens, added to the chains sums[panel][part][token]; x moves on to the next unit.
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) fetch_ahead(w[p], 64);
     LLAMA3_UNROLL
     for (int t = 0; t < N; ++t) {
         const F value = splat(load_as<float>(x + 4 * t));
@@ -2919,6 +2977,7 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
     LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) LLAMA3_UNROLL
     for (int h = 0; h < parts; ++h) {
+        if (h == 0) fetch_ahead(w[p], 64);
         const I pairs = load_bits(w[p] + h * lanes * 4);
 #ifdef LLAMA3_BF16
         LLAMA3_UNROLL
@@ -2927,86 +2986,150 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
         const F even = as_float(shift_left<16>(pairs)),
                 odd = as_float(and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
         LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) {
-            sums[p][h][t] = fma(even, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t))), sums[p][h][t]);
-            sums[p][h][t] = fma(odd, splat(from_bf16(load_as<std::uint16_t>(x + 4 * t + 2))), sums[p][h][t]);
-        }
+        for (int t = 0; t < N; ++t) sums[p][h][t] = fma(even, splat(load_as<float>(x + 4 * t)), sums[p][h][t]);
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) sums[p][h][t] = fma(odd, splat(load_as<float>(x + 4 * (N + t))), sums[p][h][t]);
 #endif
     }
-    x += 4 * N;
+    x += own_bf16 ? 4 * N : 8 * N;
 }
 
+// sums += dots * (scales of the weights and of the tokens at x).
 template <int N>
-LLAMA3_INLINE void add_block(F (&sums)[N], const I (&dots)[N], const std::byte* scales, const std::byte* x) {
-    const F w_scale = load_fp16(reinterpret_cast<const std::uint16_t*>(scales));
+LLAMA3_INLINE void add_block(F (&sums)[N], const I (&dots)[N], F w_scale, const std::byte* x) {
     LLAMA3_UNROLL
     for (int t = 0; t < N; ++t) sums[t] = fma(to_float(dots[t]), w_scale * splat(load_as<float>(x + 32 * N + 4 * t)), sums[t]);
 }
 
+LLAMA3_INLINE F load_scales(const std::byte* unit, int vectors, int block, int part) {
+    return load_fp16(reinterpret_cast<const std::uint16_t*>(unit + 64 * vectors + 32 * block) + part * lanes);
+}
+
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(Q8, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
-    for (int block = 0; block < 2; ++block, x += 40 * N) {
-        I dots[P][parts][N];
+    for (int block = 0; block < 2; ++block, x += 40 * N) LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        if (h == 0)
+            fetch_ahead(w[p] + unit_bytes(Q8::format) / 2 * static_cast<std::size_t>(block), unit_bytes(Q8::format) / 2);
+        forget_loads();
+        I dots[N];
         LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) {
-            const I start = splat_int(signed_bias ? -signed_bias * load_as<std::int32_t>(x + 36 * N + 4 * t) : 0);
-            LLAMA3_UNROLL
-            for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) dots[p][h][t] = start;
-        }
+        for (int t = 0; t < N; ++t) dots[t] = begin_sum(x + 36 * N + 4 * t);
         LLAMA3_UNROLL
-        for (int v = 0; v < 8; ++v) LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
+        for (int v = 0; v < 8; ++v) {
             const I weights = load_bits(w[p] + 64 * (8 * block + v) + h * lanes * 4);
             LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) dots[p][h][t] = dot_signed(dots[p][h][t], weights, splat_four(x + 4 * (v * N + t)));
+            for (int t = 0; t < N; ++t) dots[t] = dot_signed(dots[t], weights, splat_four(x + 4 * (v * N + t)));
         }
-        LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h)
-            add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q8::vectors + 32 * block + 2 * h * lanes, x);
+        add_block<N>(sums[p][h], dots, load_scales(w[p], Q8::vectors, block, h), x);
     }
 }
 
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(Q4, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    for (int block = 0; block < 2; ++block, x += 40 * N) LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        if (h == 0)
+            fetch_ahead(w[p] + unit_bytes(Q4::format) / 2 * static_cast<std::size_t>(block), unit_bytes(Q4::format) / 2);
+        forget_loads();
+        I dots[N];
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) dots[t] = begin_sum(x + 36 * N + 4 * t);
+        LLAMA3_UNROLL
+        for (int v = 0; v < 4; ++v) {
+            const I nibbles = load_bits(w[p] + 64 * (4 * block + v) + h * lanes * 4);
+            const I low = low_nibbles(nibbles), high = high_nibbles(nibbles);
+            LLAMA3_UNROLL
+            for (int t = 0; t < N; ++t) {
+                dots[t] = add_pairs(dots[t], low, splat_four(x + 4 * (2 * v * N + t)));
+                dots[t] = add_pairs(dots[t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
+            }
+        }
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) dots[t] = finish_sum(dots[t], x + 36 * N + 4 * t);
+        add_block<N>(sums[p][h], dots, load_scales(w[p], Q4::vectors, block, h), x);
+    }
+}
+
+// q8 and q4 weights as a wide tile reads them, unpacked once for all tokens. A block is [8 groups of 4 columns][P][16 rows] of
+// 4 bytes, as add_pairs takes them, and [P][16 rows] float scales.
+template <class Type>
+struct Unpacked {
+    static constexpr Format format = Type::format;
+};
+
+#ifdef LLAMA3_VNNI
+LLAMA3_INLINE void unpack_four(Q8, const std::byte* block, int v, std::byte* out, int stride) {
+    for (int i = 2 * v; i < 2 * v + 2; ++i)
+        for (int h = 0; h < parts; ++h)
+            store_bits(out + i * stride + h * lanes * 4, flip_signs(load_bits(block + 64 * i + h * lanes * 4)));
+}
+#endif
+
+LLAMA3_INLINE void unpack_four(Q4, const std::byte* block, int v, std::byte* out, int stride) {
+    for (int h = 0; h < parts; ++h) {
+        const I nibbles = load_bits(block + 64 * v + h * lanes * 4);
+        store_bits(out + 2 * v * stride + h * lanes * 4, low_nibbles(nibbles));
+        store_bits(out + (2 * v + 1) * stride + h * lanes * 4, high_nibbles(nibbles));
+    }
+}
+
+template <class Type, int P>
+void unpack(Unpacked<Type>, const Matrix& w, int panel, std::byte* out) {
+    for (int unit = 0; unit < w.units(); ++unit)
+        for (int block = 0; block < 2; ++block, out += 576 * P)
+            for (int p = 0; p < P; ++p) {
+                const std::byte* from = w.panel(panel + p) + static_cast<std::size_t>(unit) * unit_bytes(Type::format);
+                for (int v = 0; v < 4; ++v) unpack_four(Type{}, from + 32 * Type::vectors * block, v, out + 64 * p, 64 * P);
+                for (int h = 0; h < parts; ++h)
+                    store(reinterpret_cast<float*>(out + 512 * P + 64 * p) + h * lanes,
+                          load_scales(from, Type::vectors, block, h));
+            }
+}
+
+template <int P, int N, class Type>
+LLAMA3_INLINE void multiply_unit(Unpacked<Type>, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     for (int block = 0; block < 2; ++block, x += 40 * N) {
         I dots[P][parts][N];
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[p][h][t] = splat_int(0);
+        for (int t = 0; t < N; ++t) dots[p][h][t] = begin_sum(x + 36 * N + 4 * t);
         LLAMA3_UNROLL
-        for (int v = 0; v < 4; ++v) LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
-            const I nibbles = load_bits(w[p] + 64 * (4 * block + v) + h * lanes * 4);
-            const I low = low_nibbles(nibbles), high = high_nibbles(nibbles);
+        for (int v = 0; v < 8; ++v) LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) {
+            const I four = splat_four(x + 4 * (v * N + t));
             LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) {
-                dots[p][h][t] = add_pairs(dots[p][h][t], low, splat_four(x + 4 * (2 * v * N + t)));
-                dots[p][h][t] = add_pairs(dots[p][h][t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
-            }
+            for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                dots[p][h][t] = add_pairs(dots[p][h][t], load_bits(w[p] + 576 * P * block + 64 * P * v + h * lanes * 4), four);
         }
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) {
             LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t)
-                dots[p][h][t] = add_int(finish_pairs(dots[p][h][t]), splat_int(-8 * load_as<std::int32_t>(x + 36 * N + 4 * t)));
-            add_block<N>(sums[p][h], dots[p][h], w[p] + 64 * Q4::vectors + 32 * block + 2 * h * lanes, x);
+            for (int t = 0; t < N; ++t) dots[p][h][t] = finish_sum(dots[p][h][t], x + 36 * N + 4 * t);
+            add_block<N>(sums[p][h], dots[p][h],
+                         load(reinterpret_cast<const float*>(w[p] + 576 * P * block + 512 * P) + h * lanes), x);
         }
     }
 }
 
-// A register tile: P panels from `panel` on, N tokens packed at x. One chain per segment, joined by the tree.
+template <class Type>
+constexpr bool is_unpacked = false;
+template <class Type>
+constexpr bool is_unpacked<Unpacked<Type>> = true;
+
+// A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree.
 template <class Type, int P, int N>
-void multiply_tile(const Product& product, int panel, const std::byte* x, float* out) {
+void multiply_tile(const Product& product, int panel, int step, const std::byte* x, float* out) {
     const Matrix& w = product.w;
     const int units = w.units() / w.segments;
+    constexpr std::size_t unit = is_unpacked<Type> ? 2 * 576 * P : unit_bytes(Type::format);
     const std::byte* data[P];
-    for (int p = 0; p < P; ++p) data[p] = w.panel(panel + p);
+    for (int p = 0; p < P; ++p) data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(panel + p * step);
     F parts_of_sum[max_segments][P][parts][N];
     for (int s = 0; s < w.segments; ++s) {
         F sums[P][parts][N];
@@ -3015,12 +3138,9 @@ void multiply_tile(const Product& product, int panel, const std::byte* x, float*
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
         for (int t = 0; t < N; ++t) sums[p][h][t] = splat(0);
         for (int u = 0; u < units; ++u) {
-            if constexpr (P == 1)
-                for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64)
-                    __builtin_prefetch(data[0] + 4096 + line);
             multiply_unit<P, N>(Type{}, sums, data, x);
             LLAMA3_UNROLL
-            for (int p = 0; p < P; ++p) data[p] += unit_bytes(Type::format);
+            for (int p = 0; p < P; ++p) data[p] += unit;
         }
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
@@ -3034,40 +3154,75 @@ void multiply_tile(const Product& product, int panel, const std::byte* x, float*
                     for (int s = 0; s < n / 2; ++s)
                         parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
                 float* to = out + static_cast<std::size_t>(t) * product.stride +
-                            static_cast<std::size_t>((panel + p) * panel_rows + h * lanes);
+                            static_cast<std::size_t>((panel + p * step) * panel_rows + h * lanes);
                 store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
             }
 }
 
-template <class Type, int P, int N>
-void multiply_tokens(const Product& product, int panel, int tokens, const std::byte* x, float* out) {
+// What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
+template <class Type>
+using Wide =
+    std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
+
+// Many tokens: tile_panels at a time, unpacked once for all tokens. Returns the first panel that is left.
+template <class Type>
+int multiply_many(const Product& product) {
+    const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
+    int panel = product.first_panel;
+    for (; panel + tile_panels <= product.last_panel; panel += tile_panels) {
+        if constexpr (is_unpacked<Wide<Type>>) unpack<Type, tile_panels>(Wide<Type>{}, product.w, panel, product.room);
+        for (int t = 0; t + tile_tokens <= product.tokens; t += tile_tokens)
+            multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1,
+                                                                product.x + static_cast<std::size_t>(t) * token_bytes,
+                                                                product.out + static_cast<std::size_t>(t) * product.stride);
+    }
+    return panel;
+}
+
+// N tokens times panels [first, last). Reading several streams of memory at once is faster than one, so the panels are cut
+// into as many runs as a tile has panels.
+template <class Type, int N>
+void multiply_few(const Product& product, int first, int last, const std::byte* x, float* out) {
+    constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
+    const int run = std::max(last - first, 0) / streams;
+    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, x, out);
+    if constexpr (streams > 1)
+        for (int panel = first + run * streams; panel < last; ++panel) multiply_tile<Type, 1, N>(product, panel, 1, x, out);
+}
+
+template <class Type, int N>
+void multiply_few(const Product& product, int first, int last, int tokens, const std::byte* x, float* out) {
     if constexpr (N > 1)
-        if (tokens < N) return multiply_tokens<Type, P, N - 1>(product, panel, tokens, x, out);
-    multiply_tile<Type, P, N>(product, panel, x, out);
+        if (tokens < N) return multiply_few<Type, N - 1>(product, first, last, tokens, x, out);
+    multiply_few<Type, N>(product, first, last, x, out);
 }
 
 template <class Type>
 void multiply_as(const Product& product) {
     const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
-    for (int panel = product.first_panel; panel < product.last_panel;) {
-        const int n_panels = product.tokens >= tile_tokens && panel + tile_panels <= product.last_panel ? tile_panels : 1;
-        for (int t = 0; t < product.tokens; t += tile_tokens) {
-            const int tokens = std::min(tile_tokens, product.tokens - t);
-            const std::byte* x = product.x + static_cast<std::size_t>(t) * token_bytes;
-            float* out = product.out + static_cast<std::size_t>(t) * product.stride;
-            if (n_panels == tile_panels && tokens == tile_tokens)
-                multiply_tile<Type, tile_panels, tile_tokens>(product, panel, x, out);
-            else
-                for (int p = 0; p < n_panels; ++p) multiply_tokens<Type, 1, tile_tokens>(product, panel + p, tokens, x, out);
+    const bool many = product.tokens >= 4 * tile_tokens;
+    const int done = many ? multiply_many<Type>(product) : product.first_panel;
+    const int block = product.tokens <= product.group ? product.last_panel - product.first_panel : 16;  // stays in cache
+    for (int first = product.first_panel; first < product.last_panel; first += block)
+        for (int t = 0; t < product.tokens; t += product.group) {
+            const int tokens = std::min(product.group, product.tokens - t);
+            multiply_few<Type, few_tokens>(product, tokens == tile_tokens ? std::max(first, done) : first,
+                                           std::min(first + block, product.last_panel), tokens,
+                                           product.x + static_cast<std::size_t>(t) * token_bytes,
+                                           product.out + static_cast<std::size_t>(t) * product.stride);
         }
-        panel += n_panels;
-    }
 }
 
 void multiply(const Product& product) {
+#ifdef LLAMA3_BF16
+    if (product.w.format == Format::bf16) return multiply_as<BF16>(product);
+    return avx512::multiply(product);
+#else
     with_format(product.w.format, [&](auto type) { multiply_as<decltype(type)>(product); });
+#endif
 }
 
+#ifndef LLAMA3_BF16
 void swiglu(float* gate, const float* up, int n) {
     for (int i = 0; i < n; i += lanes) {
         const F g = load(gate + i);
@@ -3202,12 +3357,10 @@ void attend(const Attention& a) {
     else attend_as<Format::q8>(a);
 }
 
-#ifdef LLAMA3_BF16
-constexpr bool own_bf16 = true;
-#else
-constexpr bool own_bf16 = false;
 #endif
-const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS), tile_tokens, own_bf16, normalise, pack, multiply, swiglu, attend};
+
+const Kernels kernels = {
+    LLAMA3_STRING(LLAMA3_KERNELS), tile_tokens, few_tokens, own_bf16, normalise, pack, multiply, swiglu, attend};
 
 }  // namespace LLAMA3_KERNELS
 }  // namespace detail
@@ -3236,6 +3389,7 @@ std::vector<KernelChoice> all_kernels() {
     const CpuFeatures cpu = cpu_features();
     choices.push_back({&avx512_bf16::kernels, cpu.avx512 && cpu.avx512_vnni && cpu.avx512_bf16});
     choices.push_back({&avx512::kernels, cpu.avx512 && cpu.avx512_vnni});
+    if (cpu.intel) std::swap(choices[0], choices[1]);  // there vdpbf16ps has half the rate of two fused multiply-adds
     choices.push_back({&avx_vnni::kernels, cpu.avx2_fma_f16c && cpu.avx_vnni});
     choices.push_back({&avx2::kernels, cpu.avx2_fma_f16c});
 #endif
@@ -3503,6 +3657,8 @@ struct CpuBuffers {
     float* turns;       // [T, E] cos and sin of each row's position
     float* scratch;     // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
+    std::byte* room;  // [threads, room_bytes] unpacked panels
+    std::size_t room_bytes;
 
     CpuBuffers(Arena& arena, const Config& c, int rows, int threads) {
         const int widest = std::max({c.dim, c.n_heads * c.head_dim, c.ffn_dim});
@@ -3519,6 +3675,8 @@ struct CpuBuffers {
         scratch_floats = std::max<std::size_t>(8 * static_cast<std::size_t>(round_up(c.dim, 64)),
                                                4 * attention_segment + 8 * static_cast<std::size_t>(padded_width(c.head_dim)));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
+        room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
+        room = arena.take<std::byte>(static_cast<std::size_t>(threads) * room_bytes);
     }
 };
 
@@ -3545,6 +3703,7 @@ public:
         return std::string(kernels_.name) + ", CPU, " + std::to_string(team_.threads()) +
                (team_.threads() == 1 ? " thread (" : " threads (") + Team::name() + ")";
     }
+    StageTimes stage_times() const override { return stage_times_; }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override;
 
 private:
@@ -3569,6 +3728,7 @@ private:
     CpuBuffers buffers_;
     std::vector<float> logits_;     // [rows that wanted them, V rounded up]
     std::vector<int> logits_rows_;  // which rows want logits
+    StageTimes stage_times_{};      // of the first thread
     const std::atomic<bool>* cancel_ = nullptr;
     bool stopped_ = false;  // read and written at barriers only, so that all threads agree
 };
@@ -3578,7 +3738,8 @@ class CpuWorker final : public Stages {
 public:
     CpuWorker(CpuBackend& backend, int thread, int threads)
         : b_(backend), config_(backend.config_), kernels_(backend.kernels_), buffers_(backend.buffers_), thread_(thread),
-          threads_(threads), scratch_(buffers_.scratch + static_cast<std::size_t>(thread) * buffers_.scratch_floats) {}
+          threads_(threads), scratch_(buffers_.scratch + static_cast<std::size_t>(thread) * buffers_.scratch_floats),
+          room_(buffers_.room + static_cast<std::size_t>(thread) * buffers_.room_bytes) {}
 
     void embed(Tensor x, const Matrix& table, const Batch& batch) override {
         n_tokens_ = batch.size();
@@ -3587,7 +3748,7 @@ public:
             decode_row(table, batch.rows[static_cast<std::size_t>(t)].token, x.row(t));
             rope_turns(turns(t), b_.frequencies_, batch.rows[static_cast<std::size_t>(t)].position);
         }
-        meet();
+        end(Stage::embed);
     }
 
     void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) override {
@@ -3613,7 +3774,7 @@ public:
                 static_cast<CpuCache*>(row.cache)->store(layer.index, head - n_heads, row.position, key, value);
             }
         }
-        meet();
+        end(Stage::project_qkv);
     }
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
@@ -3626,10 +3787,12 @@ public:
             const CacheView cache = static_cast<const CpuCache*>(row.cache)->view(layer.index, head);
             kernels_.attend({cache, query.row(t) + column, mixed.row(t) + column, scratch_, shared, row.position + 1});
         }
-        meet();
+        end(Stage::attend);
     }
 
-    void project_out(Tensor x, Tensor mixed, const Layer& layer) override { add_product(x, layer.attention_out, mixed); }
+    void project_out(Tensor x, Tensor mixed, const Layer& layer) override {
+        add_product(Stage::project_out, x, layer.attention_out, mixed);
+    }
 
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
         if (b_.stopped_) return;
@@ -3640,17 +3803,17 @@ public:
         const int column = first * panel_rows,
                   columns = (last - first) * panel_rows;  // made by this thread: no barrier in between
         for (int t = 0; t < n_tokens_; ++t) kernels_.swiglu(hidden.row(t) + column, buffers_.up.row(t) + column, columns);
-        meet();
+        end(Stage::gate_up);
     }
 
-    void down(Tensor x, Tensor hidden, const Layer& layer) override { add_product(x, layer.down, hidden); }
+    void down(Tensor x, Tensor hidden, const Layer& layer) override { add_product(Stage::down, x, layer.down, hidden); }
 
     void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
         if (b_.stopped_ || logits.rows == 0) return;
         pack_rows(weights.output.format, x, logits.rows, weights.final_norm, b_.logits_rows_.data());
         const auto [first, last] = share(weights.output.panels());
         multiply_panels(weights.output, logits, logits.rows, first, last);
-        meet();
+        end(Stage::logits);
     }
 
 private:
@@ -3665,13 +3828,20 @@ private:
     void meet() {
         b_.barrier_.wait([this] { b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed); });
     }
+    void end(Stage stage) {
+        meet();
+        if (thread_ != 0) return;
+        const auto now = std::chrono::steady_clock::now();
+        b_.stage_times_[static_cast<std::size_t>(stage)] += std::chrono::duration<double>(now - stage_began_).count();
+        stage_began_ = now;
+    }
     float* turns(int t) const {
         return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim);
     }
 
     // Rows 0 to n - 1 of x (or those that `rows` lists), normalised if there is a norm, packed for products.
     void pack_rows(Format format, Tensor x, int n, const float* norm, const int* rows = nullptr) {
-        const int tile = kernels_.tile_tokens;
+        const int tile = kernels_.tokens_together(n);
         const auto [first, last] = share((n + tile - 1) / tile);
         for (int t = first * tile; t < std::min(last * tile, n); t += tile) {
             const int tokens = std::min(tile, n - t);
@@ -3691,15 +3861,17 @@ private:
     // Panels [first, last) of W, as far as it has them, times the packed rows.
     void multiply_panels(const Matrix& w, Tensor out, int n, int first, int last, bool add = false) {
         first = std::max(first, 0), last = std::min(last, w.panels());
-        if (first < last) kernels_.multiply({w, buffers_.packed, n, out.data, out.stride, add, first, last});
+        if (first < last)
+            kernels_.multiply(
+                {w, buffers_.packed, n, kernels_.tokens_together(n), out.data, out.stride, add, first, last, room_});
     }
 
-    void add_product(Tensor x, const Matrix& w, Tensor input) {
+    void add_product(Stage stage, Tensor x, const Matrix& w, Tensor input) {
         if (b_.stopped_) return;
         pack_rows(w.format, input, n_tokens_, nullptr);
         const auto [first, last] = share(w.panels());
         multiply_panels(w, x, n_tokens_, first, last, true);
-        meet();
+        end(stage);
     }
 
     CpuBackend& b_;
@@ -3708,6 +3880,8 @@ private:
     const CpuBuffers& buffers_;
     int thread_, threads_, n_tokens_ = 0;
     float* scratch_;
+    std::byte* room_;
+    std::chrono::steady_clock::time_point stage_began_ = std::chrono::steady_clock::now();
 };
 
 bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
@@ -4669,6 +4843,7 @@ CpuFeatures cpu_features() {
     const auto has = [](std::uint32_t bits, int bit) { return (bits >> bit & 1) != 0; };
     query(0, 0);
     const std::uint32_t leaves = a;
+    features.intel = b == 0x756e6547;  // "Genu"ineIntel
     if (leaves < 7) return features;
     query(1, 0);
     if (!has(c, 27)) return features;  // no OSXSAVE: the system saves no wide registers

@@ -1,6 +1,7 @@
 // How fast a model runs, as a share of what the machine could do at best: decode is bound by reading the weights, prefill by
 // multiplying. Both limits are measured in the same process, right before and after what is held against them.
 #include <iomanip>
+#include <numeric>
 
 #include "common.hpp"
 #include "limits.hpp"
@@ -56,7 +57,17 @@ struct Samples {
 struct Result {
     int threads, batch, context;
     Samples prefill_tps, prefill_share, decode_tps, decode_gbs, decode_share;
+    llama3::StageTimes prefill_stages, decode_stages;  // seconds, of all repetitions
 };
+
+// What the stages took between two readings, added to `sum`.
+void add_stages(llama3::StageTimes& sum, const llama3::StageTimes& before, const llama3::StageTimes& after) {
+    for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += after[i] - before[i];
+}
+
+double share_of_all(const llama3::StageTimes& stages, std::size_t stage) {
+    return stages[stage] / std::accumulate(stages.begin(), stages.end(), 0.0);
+}
 
 // What one pass over a model costs.
 struct Work {
@@ -83,9 +94,10 @@ struct Bench {
     int prompt, predict, repetitions;
     limits::Machine machine;
     limits::Memory memory;
+    bool own_bf16;  // the instruction set multiplies bf16 with an instruction of its own
 
     const limits::Multiply& multiply() const {
-        if (type == "f32" || (type == "bf16" && machine.bf16.round == nullptr)) return machine.f32;
+        if (type == "f32" || (type == "bf16" && !own_bf16)) return machine.f32;
         return type == "bf16" ? machine.bf16 : machine.int8;
     }
     std::vector<int> tokens(int count, int first) const {  // any cost the same; these are not all alike
@@ -99,9 +111,11 @@ struct Bench {
         session.rewind(0);
         const std::vector<int> ids = tokens(prompt, 0);
         const double before = multiply().rate(result.threads);
+        const llama3::StageTimes stages = session.stage_times();
         const double start = limits::seconds();
         session.feed(ids);
         const double time = limits::seconds() - start;
+        add_stages(result.prefill_stages, stages, session.stage_times());
         const double rate = (before + multiply().rate(result.threads)) / 2;
         const double operations = 2 * (work.layer_macs * prompt + work.output_macs);
         result.prefill_tps.add(prompt / time);
@@ -116,6 +130,7 @@ struct Bench {
             pointers.push_back(&session);
         }
         const double before = memory.rate(result.threads);
+        const llama3::StageTimes stages = sessions[0].stage_times();
         const double start = limits::seconds();
         for (int i = 0; i < predict; ++i) {
             const std::vector<int> next = tokens(result.batch, i);
@@ -123,6 +138,7 @@ struct Bench {
             else llama3::Session::feed_together(pointers, next);
         }
         const double time = limits::seconds() - start;
+        add_stages(result.decode_stages, stages, sessions[0].stage_times());
         const double after = memory.rate(result.threads);
         const double position_bytes =
             static_cast<double>(options.device->cache_bytes(model.config(), options)) / options.context;
@@ -139,7 +155,7 @@ struct Bench {
         options.context = std::max(prompt, depth + predict) + 1;
         std::vector<llama3::Session> sessions;
         for (int b = 0; b < batch; ++b) sessions.emplace_back(model, options);
-        Result result{threads, batch, depth, {}, {}, {}, {}, {}}, warm_up = result;
+        Result result{threads, batch, depth, {}, {}, {}, {}, {}, {}, {}}, warm_up = result;
         Samples ignored;
         for (int r = 0; r <= repetitions; ++r) {
             std::cerr << name << ' ' << type << ", " << threads << " threads, batch " << batch << ", context " << depth << ": "
@@ -218,7 +234,8 @@ int main(int argc, char** argv) {
                     predict,
                     repetitions,
                     machine,
-                    limits::Memory{work.read, machine.read}};
+                    limits::Memory{work.read, machine.read},
+                    isa == "avx512_bf16"};
 
         const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
         std::vector<Result> results;
@@ -249,6 +266,16 @@ int main(int argc, char** argv) {
                           << r.prefill_tps.median() << std::setw(9) << r.prefill_share.median() << std::setw(14)
                           << r.decode_tps.median() << std::setw(8) << r.decode_gbs.median() << std::setw(9)
                           << r.decode_share.median() << '\n';
+            for (const Result& r : results) {
+                std::cout << "time by stage, " << r.threads << " threads, batch " << r.batch << ", context " << r.context
+                          << ':';
+                for (const auto& [phase, stages] : {std::pair("prefill", &r.prefill_stages), {"decode", &r.decode_stages}}) {
+                    std::cout << "\n    " << phase;
+                    for (std::size_t i = 0; i < stages->size(); ++i)
+                        std::cout << "  " << llama3::stage_names[i] << ' ' << rounded(share_of_all(*stages, i));
+                }
+                std::cout << '\n';
+            }
             return;
         }
         std::vector<std::string> list;
@@ -262,6 +289,13 @@ int main(int argc, char** argv) {
             r.decode_tps.put(fields, "decode_tps");
             r.decode_gbs.put(fields, "decode_gbs");
             r.decode_share.put(fields, "decode_share");
+            for (const auto& [name, stages] :
+                 {std::pair("prefill_stages", &r.prefill_stages), {"decode_stages", &r.decode_stages}}) {
+                Fields shares;
+                for (std::size_t i = 0; i < stages->size(); ++i)
+                    shares.emplace_back(llama3::stage_names[i], json(share_of_all(*stages, i)));
+                fields.emplace_back(name, json_object(shares));
+            }
             list.push_back(json_object(fields));
         }
         std::cout << json_object({{"machine", json_text(proc_value("/proc/cpuinfo", "model name") + ", " + std::to_string(all) +

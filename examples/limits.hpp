@@ -113,8 +113,9 @@ __attribute__((target("avx2"))) inline std::uint64_t read_avx2(const std::byte* 
 #define LLAMA3_BF16_AVX512(i) "vdpbf16ps %%zmm12, %%zmm13, %%zmm" i "\n\t"
 #define LLAMA3_F32_AVX512(i) "vfmadd231ps %%zmm12, %%zmm13, %%zmm" i "\n\t"
 #define LLAMA3_INT8_AVXVNNI(i) "%{vex%} vpdpbusd %%ymm12, %%ymm13, %%ymm" i "\n\t"
-#define LLAMA3_INT8_AVX2(i) \
-    "vpmaddubsw %%ymm12, %%ymm13, %%ymm15\n\tvpmaddwd %%ymm14, %%ymm15, %%ymm15\n\tvpaddd %%ymm15, %%ymm" i ", %%ymm" i "\n\t"
+#define LLAMA3_INT8_AVX2(i)                                                         \
+    "vpsignb %%ymm13, %%ymm12, %%ymm15\n\tvpmaddubsw %%ymm15, %%ymm13, %%ymm15\n\t" \
+    "vpmaddwd %%ymm14, %%ymm15, %%ymm15\n\tvpaddd %%ymm15, %%ymm" i ", %%ymm" i "\n\t"
 #define LLAMA3_F32_AVX2(i) "vfmadd231ps %%ymm12, %%ymm13, %%ymm" i "\n\t"
 LLAMA3_MULTIPLY(int8_avx512, "zmm", LLAMA3_INT8_AVX512)
 LLAMA3_MULTIPLY(bf16_avx512, "zmm", LLAMA3_BF16_AVX512)
@@ -153,7 +154,7 @@ struct Machine {
 #ifdef __x86_64__
         if (isa.find("avx512") != std::string::npos) {
             read = read_avx512, f32 = {f32_avx512, 32}, int8 = {int8_avx512, 128};
-            if (isa == "avx512_bf16") bf16 = {bf16_avx512, 64};
+            if (__builtin_cpu_supports("avx512bf16")) bf16 = {bf16_avx512, 64};
         } else if (isa.find("avx") != std::string::npos) {
             read = read_avx2, f32 = {f32_avx2, 16}, int8 = {int8_avx2, 64};
             if (isa.find("vnni") != std::string::npos) int8 = {int8_avxvnni, 64};

@@ -47,13 +47,15 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
         std::copy(row.begin(), row.end(), x.begin() + t * static_cast<int>(stride));
     }
     d::AlignedBuffer packed(static_cast<std::size_t>(tokens) * d::packed_bytes(m.format, m.columns));
-    for (int t = 0; t < tokens; t += kernels.tile_tokens)
+    const int together = kernels.tokens_together(tokens);
+    for (int t = 0; t < tokens; t += together)
         kernels.pack(m.format, packed.data() + static_cast<std::size_t>(t) * d::packed_bytes(m.format, m.columns), x.data() + static_cast<std::size_t>(t) * stride, stride,
-                     std::min(kernels.tile_tokens, tokens - t), m.columns);
+                     std::min(together, tokens - t), m.columns);
     std::vector<float> out(static_cast<std::size_t>(tokens) * out_stride, 0.25f);
     const int half = m.panels() / 2;  // in two runs of panels, as two threads would
-    kernels.multiply({m, packed.data(), tokens, out.data(), out_stride, add, half, m.panels()});
-    kernels.multiply({m, packed.data(), tokens, out.data(), out_stride, add, 0, half});
+    d::AlignedBuffer room(d::unpacked_bytes(d::max_tile_panels, m.columns));
+    kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, half, m.panels(), room.data()});
+    kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, 0, half, room.data()});
     std::vector<float> expected(static_cast<std::size_t>(m.rows));
     for (int t = 0; t < tokens; ++t) {
         d::linear(expected.data(), m, x.data() + static_cast<std::size_t>(t) * stride);
@@ -75,7 +77,7 @@ TEST_SUITE("core: kernels") {
             for (const auto& [rows, columns, segments] : {std::array{16, 64, 1}, std::array{40, 100, 1}, std::array{5, 7, 1}, std::array{64, 512, 8}, std::array{72, 128, 2}, std::array{48, 448, 1}}) {
                 const RandomMatrix w(format, rows, columns, segments, static_cast<std::uint64_t>(rows * columns));
                 for (const d::Kernels* kernels : kernels_here())
-                    for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 13}) check_product(*kernels, w, tokens, tokens % 2 == 0);
+                    for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 15, 31}) check_product(*kernels, w, tokens, tokens % 2 == 0);
             }
         CHECK(kernels_here().size() >= 1);
     }
@@ -91,7 +93,7 @@ TEST_SUITE("core: kernels") {
                 std::vector<float> out(64), expected(16);
                 d::AlignedBuffer packed(d::packed_bytes(w->matrix.format, 64));
                 kernels->pack(w->matrix.format, packed.data(), x.data(), 64, 1, 64);
-                kernels->multiply({w->matrix, packed.data(), 1, out.data(), 64, false, 0, 1});
+                kernels->multiply({w->matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, nullptr});
                 d::linear(expected.data(), w->matrix, x.data());
                 CHECK(same_bits(out.data(), expected.data(), 16));
             }
@@ -106,7 +108,7 @@ TEST_SUITE("core: kernels") {
                     x[40] = bad;
                     d::AlignedBuffer packed(d::packed_bytes(format, 64));
                     kernels->pack(format, packed.data(), x.data(), 64, 1, 64);
-                    kernels->multiply({w.matrix, packed.data(), 1, out.data(), 64, false, 0, 1});
+                    kernels->multiply({w.matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, nullptr});
                     for (int r = 0; r < 16; ++r) CHECK(!(std::abs(out[static_cast<std::size_t>(r)]) < 1e30f));
                 }
         }
