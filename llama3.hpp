@@ -615,6 +615,7 @@ public:
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 #endif
 #if defined(__x86_64__)
@@ -811,6 +812,7 @@ struct CpuFeatures {
     bool avx512_vnni = false;  // together with avx512
     bool avx512_bf16 = false;  // likewise
     bool intel = false;
+    bool amx = false;  // int8 and bf16, with tile registers from the system
 };
 CpuFeatures cpu_features();
 int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
@@ -2468,7 +2470,7 @@ struct Product {
     Matrix w;
     const std::byte* x;  // packed by Kernels::pack
     int tokens;          // T
-    int group;           // tokens_together(T)
+    int together;        // tokens that were packed side by side
     float* out;          // [T, stride], rows filled up to whole panels
     std::size_t stride;
     bool add;  // out += instead of out =
@@ -2499,15 +2501,17 @@ struct Attention {
 
 struct Kernels {
     const char* name;
-    int tile_tokens, few_tokens;  // in a tile: where there are many, and at most where there are few
-    bool own_bf16;                // bf16 products by an instruction with its own rounding
+    std::array<int, 4> tile_tokens;  // in a tile where there are many, for weights of each format
+    int few_tokens;                  // at most in a tile where there are few
+    bool own_bf16;                   // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
     // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
-    int tokens_together(int tokens) const {
-        const int tiles = (tokens + few_tokens - 1) / few_tokens;
-        return tokens < 4 * tile_tokens ? (tokens + tiles - 1) / tiles : tile_tokens;
+    int tokens_together(Format format, int tokens) const {
+        const int tile = tile_tokens[static_cast<std::size_t>(format)], tiles = (tokens + few_tokens - 1) / few_tokens;
+        return tokens < 4 * tile ? (tokens + tiles - 1) / tiles : tile;
     }
-    void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns);
+    // x: [tokens, stride], at most `together` of them
+    void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
     void (*multiply)(const Product& product);
     void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
     void (*attend)(const Attention& attention);
@@ -2519,7 +2523,7 @@ inline std::size_t packed_bytes(Format format, int columns) {
     return format == Format::f32 || format == Format::bf16 ? 4 * n : n / block_columns * (block_columns + 8);
 }
 
-constexpr int max_tile_panels = 2;
+constexpr int max_tile_panels = 2, max_tile_tokens = 16;
 
 // Bytes of `panels` panels of q8 or q4 after unpacking: 16 rows of 32 bytes and a float for every block of 32 columns.
 inline std::size_t unpacked_bytes(int panels, int columns) {
@@ -2603,13 +2607,24 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #undef LLAMA3_VNNI
 #undef LLAMA3_BF16
 LLAMA3_TARGET_END
+
+#if defined(__linux__)
+// Intel Sapphire Rapids and later, where the system hands out the tile registers
+LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
+#define LLAMA3_KERNELS amx
+#define LLAMA3_AMX 1
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+#undef LLAMA3_AMX
+LLAMA3_TARGET_END
+#endif
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
-#else  // LLAMA3_KERNELS: one instruction set
+#elif !defined(LLAMA3_AMX)  // LLAMA3_KERNELS: one instruction set
 
 namespace llama3 {
 namespace detail {
@@ -2664,6 +2679,8 @@ LLAMA3_INLINE I shift_right(I x) {
 LLAMA3_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
 LLAMA3_INLINE I as_int(F x) { return _mm512_castps_si512(x); }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+LLAMA3_INLINE int sum_of(I x) { return _mm512_reduce_add_epi32(x); }
+LLAMA3_INLINE int max_of(I x) { return _mm512_reduce_max_epi32(x); }
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
@@ -2718,10 +2735,19 @@ LLAMA3_INLINE I shift_right(I x) {
 LLAMA3_INLINE F as_float(I x) { return _mm256_castsi256_ps(x); }
 LLAMA3_INLINE I as_int(F x) { return _mm256_castps_si256(x); }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+LLAMA3_INLINE int sum_of(I x) {
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+LLAMA3_INLINE int max_of(I x) {
+    __m128i y = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
-    std::int32_t values[8];
-    store_int(values, x);
-    for (int i = 0; i < 8; ++i) p[i] = static_cast<std::int8_t>(values[i]);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
@@ -2811,6 +2837,8 @@ LLAMA3_INLINE I shift_right(I x) {
 LLAMA3_INLINE F as_float(I x) { return (F)x; }
 LLAMA3_INLINE I as_int(F x) { return (I)x; }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
+LLAMA3_INLINE int sum_of(I x) { return x[0] + x[1] + x[2] + x[3]; }
+LLAMA3_INLINE int max_of(I x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
     for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int8_t>(x[i]);
 }
@@ -2900,9 +2928,7 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
     I largest = splat_int(0);
     LLAMA3_UNROLL
     for (int i = 0; i < n; ++i) largest = max_int(largest, and_bits(as_int(load(x + i * lanes)), splat_int(0x7fffffff)));
-    std::int32_t magnitudes[lanes], most = 0;
-    store_int(magnitudes, largest);
-    for (int i = 0; i < lanes; ++i) most = std::max(most, magnitudes[i]);
+    const std::int32_t most = max_of(largest);
     const bool finite = most < 0x7f800000;
     const float magnitude = finite ? std::bit_cast<float>(most) : 0.0f;
     const float inverse = magnitude > 7.9e-31f ? 127 / magnitude : 0.0f;
@@ -2915,16 +2941,14 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
         store_bytes(bytes + i * lanes, rounded);
         sums = add_int(sums, rounded);
     }
-    store_int(magnitudes, sums);
-    total = 0;
-    for (int i = 0; i < lanes; ++i) total += magnitudes[i];
+    total = sum_of(sums);
     return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }
 
 // Puts the columns of up to tile_tokens tokens in the order in which a tile reads them: f32 [column][token]; bf16
 // the same, rounded, or [pair of columns][token] for dot_bf16; for q8 and q4 per block [8 groups of 4 bytes][token],
 // [token] scales, [token] int32 where a sum of products begins: -bias Σ bytes.
-void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int columns) {
+void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int, int columns) {
     const std::size_t n = static_cast<std::size_t>(tokens), width = static_cast<std::size_t>(round_up(columns, 64));
     for (std::size_t t = 0; t < n; ++t) {
         const float* row = x + t * stride;
@@ -3122,6 +3146,22 @@ constexpr bool is_unpacked = false;
 template <class Type>
 constexpr bool is_unpacked<Unpacked<Type>> = true;
 
+// Joins the chains of the segments by the tree and stores them, or adds them to what is there.
+template <int P, int N>
+void join_segments(const Product& product, int panel, int step, int tokens, F (&parts_of_sum)[max_segments][P][parts][N],
+                   float* out) {
+    for (int p = 0; p < P; ++p)
+        for (int h = 0; h < parts; ++h)
+            for (int t = 0; t < tokens; ++t) {
+                for (int n = product.w.segments; n > 1; n /= 2)
+                    for (int s = 0; s < n / 2; ++s)
+                        parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
+                float* to = out + static_cast<std::size_t>(t) * product.stride +
+                            static_cast<std::size_t>((panel + p * step) * panel_rows + h * lanes);
+                store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
+            }
+}
+
 // A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree.
 template <class Type, int P, int N>
 void multiply_tile(const Product& product, int panel, int step, const std::byte* x, float* out) {
@@ -3147,16 +3187,7 @@ void multiply_tile(const Product& product, int panel, int step, const std::byte*
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
         for (int t = 0; t < N; ++t) parts_of_sum[s][p][h][t] = sums[p][h][t];
     }
-    for (int p = 0; p < P; ++p)
-        for (int h = 0; h < parts; ++h)
-            for (int t = 0; t < N; ++t) {
-                for (int n = w.segments; n > 1; n /= 2)
-                    for (int s = 0; s < n / 2; ++s)
-                        parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
-                float* to = out + static_cast<std::size_t>(t) * product.stride +
-                            static_cast<std::size_t>((panel + p * step) * panel_rows + h * lanes);
-                store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
-            }
+    join_segments<P, N>(product, panel, step, N, parts_of_sum, out);
 }
 
 // What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
@@ -3200,12 +3231,12 @@ void multiply_few(const Product& product, int first, int last, int tokens, const
 template <class Type>
 void multiply_as(const Product& product) {
     const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
-    const bool many = product.tokens >= 4 * tile_tokens;
+    const bool many = product.together == tile_tokens && product.tokens >= 4 * tile_tokens;
     const int done = many ? multiply_many<Type>(product) : product.first_panel;
-    const int block = product.tokens <= product.group ? product.last_panel - product.first_panel : 16;  // stays in cache
+    const int block = product.tokens <= product.together ? product.last_panel - product.first_panel : 16;  // stays in cache
     for (int first = product.first_panel; first < product.last_panel; first += block)
-        for (int t = 0; t < product.tokens; t += product.group) {
-            const int tokens = std::min(product.group, product.tokens - t);
+        for (int t = 0; t < product.tokens; t += product.together) {
+            const int tokens = std::min(product.together, product.tokens - t);
             multiply_few<Type, few_tokens>(product, tokens == tile_tokens ? std::max(first, done) : first,
                                            std::min(first + block, product.last_panel), tokens,
                                            product.x + static_cast<std::size_t>(t) * token_bytes,
@@ -3236,6 +3267,34 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
     if constexpr (kv == Format::f32) return load(reinterpret_cast<const float*>(from) + index);
     else if constexpr (kv == Format::bf16) return load_bf16(from + 2 * index);
     else return load_bytes(from + index) * scale;
+}
+
+// mix[g, channel] = Σ_j scores[g, j] value[first + j, channel], for V vectors of channels from c on.
+template <Format kv, int G, int V>
+LLAMA3_INLINE void mix_values(const CacheView& cache, int first, int count, std::size_t c, const float* scores, float* mix) {
+    const std::size_t padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
+                      groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
+    F sums[G][V];
+    LLAMA3_UNROLL
+    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
+    for (int v = 0; v < V; ++v) sums[g][v] = splat(0);
+    for (int j = 0; j < count; ++j) {
+        const std::size_t position = static_cast<std::size_t>(first + j);
+        LLAMA3_UNROLL
+        for (int v = 0; v < V; ++v) {
+            const std::size_t channel = c + static_cast<std::size_t>(v * lanes);
+            F value_scale = splat(0);
+            if constexpr (kv == Format::q8)
+                value_scale = splat(from_fp16(cache.value_scales[position * groups + channel / block_columns]));
+            const F value = load_cached<kv>(cache.values, position * padded + channel, value_scale);
+            LLAMA3_UNROLL
+            for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
+        }
+    }
+    LLAMA3_UNROLL
+    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
+    for (int v = 0; v < V; ++v)
+        store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
 }
 
 // One segment of G heads. Scores first (lane = position), then the softmax over the segment, then the mix (lane = channel).
@@ -3290,29 +3349,12 @@ void attend_segment(const Attention& a, const float* query, int first, int count
         for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
         total[g] = sum_lanes(values);
     }
-    constexpr int vectors = parts == 1 ? 1 : 2;  // channels at a time: a divisor of 16 / lanes
-    for (std::size_t c = 0; c < padded; c += static_cast<std::size_t>(vectors * lanes)) {
-        F sums[G][vectors];
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int v = 0; v < vectors; ++v) sums[g][v] = splat(0);
-        for (int j = 0; j < count; ++j) {
-            const std::size_t position = static_cast<std::size_t>(first + j);
-            F value_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                value_scale = splat(from_fp16(cache.value_scales[position * groups + c / block_columns]));
-            LLAMA3_UNROLL
-            for (int v = 0; v < vectors; ++v) {
-                const F value =
-                    load_cached<kv>(cache.values, position * padded + c + static_cast<std::size_t>(v * lanes), value_scale);
-                LLAMA3_UNROLL
-                for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
-            }
-        }
-        for (int g = 0; g < G; ++g)
-            for (int v = 0; v < vectors; ++v)
-                store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
-    }
+    constexpr std::size_t most = parts == 1 ? 4 * lanes : 16;  // channels at a time
+    std::size_t c = 0;
+    for (; c + most <= padded; c += most)
+        mix_values<kv, G, static_cast<int>(most) / lanes>(cache, first, count, c, scores, mix);
+    if constexpr (most > 16)
+        for (; c < padded; c += 16) mix_values<kv, G, parts>(cache, first, count, c, scores, mix);
 }
 
 // G heads over all segments, joined in order (§5, attend_reference).
@@ -3359,10 +3401,275 @@ void attend(const Attention& a) {
 
 #endif
 
-const Kernels kernels = {
-    LLAMA3_STRING(LLAMA3_KERNELS), tile_tokens, few_tokens, own_bf16, normalise, pack, multiply, swiglu, attend};
+const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
+                         {tile_tokens, tile_tokens, tile_tokens, tile_tokens},
+                         few_tokens,
+                         own_bf16,
+                         normalise,
+                         pack,
+                         multiply,
+                         swiglu,
+                         attend};
 
 }  // namespace LLAMA3_KERNELS
+}  // namespace detail
+}  // namespace llama3
+
+#else  // LLAMA3_AMX
+
+// ─── §9c  Tile registers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+//
+// Intel's AMX multiplies 16 tokens by 16 rows at once: a tile of 16 token rows of 64 bytes times a tile of up to 16 panel
+// vectors, which lie in memory just as it wants them. q8 and q4 give the bits of every other set; bf16 has sums of the
+// instruction's own, over 32 columns at a time, and so uses it for a single token too.
+
+namespace llama3 {
+namespace detail {
+namespace amx {
+
+using namespace avx512;
+
+constexpr int tile_tokens = 16, tile_columns = 32;
+constexpr std::size_t tile_bytes = 1024, unit_of_tokens = 2 * 16 * (block_columns + 4);
+
+struct alignas(64) TileShapes {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {};
+    std::uint8_t rows[16] = {};
+    void load() const {
+        forget_loads();  // g++ 12 believes that the instruction reads 8 bytes
+        _tile_loadconfig(this);
+    }
+    void set(int tile, int n_rows, int bytes) {
+        rows[tile] = static_cast<std::uint8_t>(n_rows), row_bytes[tile] = static_cast<std::uint16_t>(bytes);
+    }
+};
+
+// Sixteen tokens (q8, q4): per block [16][32] bytes and [16] float scales. Any number (bf16): per 32 columns [tokens][64 bytes].
+void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns) {
+    const std::size_t width = static_cast<std::size_t>(round_up(columns, 64)), n = static_cast<std::size_t>(tokens);
+    if (format == Format::bf16) {
+        for (std::size_t t = 0; t < n; ++t)
+            for (std::size_t c = 0; c < width; c += lanes) {
+                const F value = load(x + t * stride + c);
+                const I bits = as_int(value), odd = and_bits(shift_right<16>(bits), splat_int(1));
+                const I rounded = add_int(add_int(bits, odd), splat_int(0x7fff)),
+                        quiet = _mm512_or_si512(bits, splat_int(0x400000));
+                const I chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), rounded, quiet);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (c / 32 * n + t) * 64 + c % 32 * 2),
+                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
+            }
+    } else if (format == Format::f32 || together != tile_tokens) {
+        avx512::pack(format, out, x, stride, tokens, together, columns);
+    } else {
+        for (std::size_t block = 0; block < width / block_columns; ++block, out += unit_of_tokens / 2) {
+            std::memset(out + n * block_columns, 0, (tile_tokens - n) * block_columns);
+            for (std::size_t t = 0; t < tile_tokens; ++t) {
+                std::int32_t total;
+                store_as(out + tile_tokens * block_columns + 4 * t,
+                         t < n ? quantise(x + t * stride + block * block_columns,
+                                          reinterpret_cast<std::int8_t*>(out + t * block_columns), total)
+                               : 0.0f);
+            }
+        }
+    }
+}
+
+// A panel of q4 in the form of q8.
+void unpack(const Matrix& w, int panel, std::byte* out) {
+    const std::byte* from = w.panel(panel);
+    for (int unit = 0; unit < w.units(); ++unit, from += unit_bytes(Format::q4), out += unit_bytes(Format::q8)) {
+        for (int v = 0; v < Q4::vectors; ++v) {
+            const I nibbles = load_bits(from + 64 * v), eight = _mm512_set1_epi8(8);
+            store_bits(out + 128 * v, _mm512_sub_epi8(low_nibbles(nibbles), eight));
+            store_bits(out + 128 * v + 64, _mm512_sub_epi8(high_nibbles(nibbles), eight));
+        }
+        std::memcpy(out + 64 * Q8::vectors, from + 64 * Q4::vectors, 64);
+    }
+}
+
+// Products of the two blocks of a unit, in tiles 0 and 1, on their way while the unit before is being scaled.
+LLAMA3_INLINE void begin_unit(const std::byte* x, const std::byte* w) {
+    _tile_loadd(4, x, block_columns);
+    _tile_loadd(6, w, 64);
+    _tile_zero(0);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(5, x + unit_of_tokens / 2, block_columns);
+    _tile_loadd(7, w + 512, 64);
+    _tile_zero(1);
+    _tile_dpbssd(1, 5, 7);
+}
+
+LLAMA3_INLINE void finish_unit(std::byte* dots) {
+    _tile_stored(0, dots, 64);
+    _tile_stored(1, dots + tile_bytes, 64);
+}
+
+// Sixteen tokens times a panel of q8 at w.
+void multiply_tile(const Product& product, int panel, const std::byte* w, const std::byte* x, int tokens, float* out) {
+    alignas(64) std::byte dots[2][2 * tile_bytes];
+    const int segments = product.w.segments, units = product.w.units() / segments;
+    F parts_of_sum[max_segments][1][1][tile_tokens];
+    begin_unit(x, w);
+    finish_unit(dots[0]);
+    for (int s = 0; s < segments; ++s) {
+        F sums[tile_tokens];
+        LLAMA3_UNROLL
+        for (int t = 0; t < tile_tokens; ++t) sums[t] = splat(0);
+        for (int u = 0; u < units; ++u, x += unit_of_tokens, w += unit_bytes(Format::q8)) {
+            const bool more = s + 1 < segments || u + 1 < units;
+            const std::byte* ready = dots[(s * units + u) % 2];
+            if (more) begin_unit(x + unit_of_tokens, w + unit_bytes(Format::q8));
+            for (int block = 0; block < 2; ++block) {
+                const F w_scale = load_scales(w, Q8::vectors, block, 0);
+                const std::byte* x_scales =
+                    x + unit_of_tokens / 2 * static_cast<std::size_t>(block) + tile_tokens * block_columns;
+                LLAMA3_UNROLL
+                for (int t = 0; t < tile_tokens; ++t)
+                    sums[t] = fma(to_float(load_bits(ready + static_cast<std::size_t>(block) * tile_bytes + 64 * t)),
+                                  w_scale * splat(load_as<float>(x_scales + 4 * t)), sums[t]);
+            }
+            if (more) finish_unit(dots[(s * units + u + 1) % 2]);
+        }
+        LLAMA3_UNROLL
+        for (int t = 0; t < tile_tokens; ++t) parts_of_sum[s][0][0][t] = sums[t];
+    }
+    join_segments<1, tile_tokens>(product, panel, 1, tokens, parts_of_sum, out);
+}
+
+void multiply_blocks(const Product& product) {
+    TileShapes shapes;
+    for (int i = 0; i < 2; ++i) shapes.set(i, 16, 64), shapes.set(4 + i, 16, block_columns), shapes.set(6 + i, 8, 64);
+    const std::size_t token_bytes = packed_bytes(Format::q8, product.w.columns);
+    shapes.load();
+    // Tokens that stay in the second-level cache (2 MB) while panel after panel passes.
+    const int block = std::max(static_cast<int>((std::size_t{3} << 19) / (token_bytes * tile_tokens)), 4) * tile_tokens;
+    for (int first = 0; first < product.tokens; first += block)
+        for (int panel = product.first_panel; panel < product.last_panel; ++panel) {
+            const std::byte* w = product.w.panel(panel);
+            if (product.w.format == Format::q4) unpack(product.w, panel, product.room), w = product.room;
+            forget_loads();  // the tile instructions read memory unknown to the compiler
+            for (int t = first; t < std::min(first + block, product.tokens); t += tile_tokens)
+                multiply_tile(product, panel, w, product.x + static_cast<std::size_t>(t) * token_bytes,
+                              std::min(tile_tokens, product.tokens - t),
+                              product.out + static_cast<std::size_t>(t) * product.stride);
+        }
+    _tile_release();
+}
+
+// Up to 16 tokens times P panels of bf16, `step` apart.
+template <int P>
+void multiply_pairs(const Product& product, int panel, int step, const std::byte* x, int tokens, float* out) {
+    const Matrix& w = product.w;
+    alignas(64) float sums[max_segments][P][16][16];
+    alignas(64) std::byte rest[tile_bytes];
+    const int columns = w.columns / w.segments;
+    const std::byte* data[P];
+    for (int p = 0; p < P; ++p) data[p] = w.panel(panel + p * step);
+    for (int s = 0; s < w.segments; ++s) {
+        _tile_zero(0);
+        if constexpr (P > 1) {
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        for (int c = 0; c < columns; c += tile_columns, x += tokens * 64) {
+            const std::byte* from[P];
+            for (int p = 0; p < P; ++p) {
+                for (std::size_t line = 0; line < tile_bytes; line += 64) __builtin_prefetch(data[p] + 2048 + line);
+                from[p] = data[p], data[p] += tile_bytes;
+            }
+            _tile_loadd(4, x, 64);
+            if (columns - c < tile_columns) {  // the matrix ends inside the tile: one panel at a time, filled up with zeros
+                static_assert(P == 1 || P == 4);
+                const std::size_t bytes = static_cast<std::size_t>(columns - c + 1) / 2 * 64;
+                for (int p = 0; p < P; ++p) {
+                    forget_loads();
+                    std::memset(rest, 0, tile_bytes);
+                    std::memcpy(rest, from[p], bytes);
+                    forget_loads();
+                    _tile_loadd(5, rest, 64);
+                    if (p == 0) _tile_dpbf16ps(0, 4, 5);
+                    if constexpr (P > 1) {
+                        if (p == 1) _tile_dpbf16ps(1, 4, 5);
+                        if (p == 2) _tile_dpbf16ps(2, 4, 5);
+                        if (p == 3) _tile_dpbf16ps(3, 4, 5);
+                    }
+                }
+                continue;
+            }
+            _tile_loadd(5, from[0], 64);
+            _tile_dpbf16ps(0, 4, 5);
+            if constexpr (P > 1) {
+                _tile_loadd(6, from[1], 64);
+                _tile_dpbf16ps(1, 4, 6);
+                _tile_loadd(7, from[2], 64);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_loadd(5, from[3], 64);
+                _tile_dpbf16ps(3, 4, 5);
+            }
+        }
+        _tile_stored(0, sums[s][0], 64);
+        if constexpr (P > 1) {
+            _tile_stored(1, sums[s][1], 64);
+            _tile_stored(2, sums[s][2], 64);
+            _tile_stored(3, sums[s][3], 64);
+        }
+    }
+    forget_loads();
+    for (int p = 0; p < P; ++p)
+        for (int t = 0; t < tokens; ++t) {
+            F parts_of_sum[max_segments][1][1][1];
+            for (int s = 0; s < w.segments; ++s) parts_of_sum[s][0][0][0] = load(sums[s][p][t]);
+            join_segments<1, 1>(product, panel + p * step, 1, 1, parts_of_sum,
+                                out + static_cast<std::size_t>(t) * product.stride);
+        }
+}
+
+void multiply_bf16(const Product& product) {
+    const std::size_t token_bytes = packed_bytes(Format::bf16, product.w.columns);
+    const int count = product.last_panel - product.first_panel;
+    // One group of tokens: four runs of panels side by side. Several: four panels, for one group after the other.
+    const bool alone = product.tokens <= product.together;
+    const int step = alone ? count / 4 : 1, quads = count / 4;
+    int shaped = 0;
+    for (int i = 0; i <= quads; ++i)
+        for (int t = 0; t < product.tokens; t += product.together) {
+            const int tokens = std::min(product.together, product.tokens - t);
+            if (tokens != shaped) {
+                TileShapes shapes;
+                for (int tile = 0; tile < 4; ++tile)
+                    shapes.set(tile, tokens, 64), shapes.set(4 + tile, tile == 0 ? tokens : 16, 64);
+                shapes.load();
+                shaped = tokens;
+            }
+            const std::byte* x = product.x + static_cast<std::size_t>(t) * token_bytes;
+            float* out = product.out + static_cast<std::size_t>(t) * product.stride;
+            if (i < quads) multiply_pairs<4>(product, product.first_panel + (alone ? i : 4 * i), step, x, tokens, out);
+            else
+                for (int p = product.first_panel + 4 * quads; p < product.last_panel; ++p)
+                    multiply_pairs<1>(product, p, 1, x, tokens, out);
+        }
+    _tile_release();
+}
+
+void multiply(const Product& product) {
+    if (product.w.format == Format::bf16) multiply_bf16(product);
+    else if (product.w.format == Format::f32 || product.together != tile_tokens) avx512::multiply(product);
+    else multiply_blocks(product);
+}
+
+const Kernels kernels = {"amx",
+                         {avx512::tile_tokens, tile_tokens, tile_tokens, tile_tokens},
+                         avx512::few_tokens,
+                         true,
+                         normalise,
+                         pack,
+                         multiply,
+                         swiglu,
+                         attend};
+
+}  // namespace amx
 }  // namespace detail
 }  // namespace llama3
 
@@ -3389,7 +3696,11 @@ std::vector<KernelChoice> all_kernels() {
     const CpuFeatures cpu = cpu_features();
     choices.push_back({&avx512_bf16::kernels, cpu.avx512 && cpu.avx512_vnni && cpu.avx512_bf16});
     choices.push_back({&avx512::kernels, cpu.avx512 && cpu.avx512_vnni});
-    if (cpu.intel) std::swap(choices[0], choices[1]);  // there vdpbf16ps has half the rate of two fused multiply-adds
+#if defined(__linux__)
+    choices.insert(choices.begin(), {&amx::kernels, cpu.amx && cpu.avx512_vnni});
+#endif
+    if (cpu.intel)
+        std::swap(choices[choices.size() - 2], choices.back());  // there vdpbf16ps has half the rate of two fused multiply-adds
     choices.push_back({&avx_vnni::kernels, cpu.avx2_fma_f16c && cpu.avx_vnni});
     choices.push_back({&avx2::kernels, cpu.avx2_fma_f16c});
 #endif
@@ -3670,9 +3981,10 @@ struct CpuBuffers {
         mixed = arena.tensor(rows, c.n_heads * c.head_dim);
         hidden = arena.tensor(rows, c.ffn_dim);
         up = arena.tensor(rows, c.ffn_dim);
-        packed = arena.take<std::byte>(n * packed_bytes(Format::f32, widest));
+        packed = arena.take<std::byte>(static_cast<std::size_t>(round_up(rows, max_tile_tokens)) *
+                                       packed_bytes(Format::f32, widest));
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
-        scratch_floats = std::max<std::size_t>(8 * static_cast<std::size_t>(round_up(c.dim, 64)),
+        scratch_floats = std::max<std::size_t>(max_tile_tokens * static_cast<std::size_t>(round_up(c.dim, 64)),
                                                4 * attention_segment + 8 * static_cast<std::size_t>(padded_width(c.head_dim)));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
         room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
@@ -3798,11 +4110,16 @@ public:
         if (b_.stopped_) return;
         pack_rows(layer.gate.format, x, n_tokens_, layer.ffn_norm);
         const auto [first, last] = share(layer.gate.panels());
-        multiply_panels(layer.gate, hidden, n_tokens_, first, last);
-        multiply_panels(layer.up, buffers_.up, n_tokens_, first, last);
-        const int column = first * panel_rows,
-                  columns = (last - first) * panel_rows;  // made by this thread: no barrier in between
-        for (int t = 0; t < n_tokens_; ++t) kernels_.swiglu(hidden.row(t) + column, buffers_.up.row(t) + column, columns);
+        // A few panels at a time where there are many tokens, so that gate and up are still in the cache when they meet.
+        const int block = n_tokens_ < 64 ? last - first : 4;
+        for (int panel = first; panel < last; panel += block) {
+            const int end = std::min(panel + block, last);
+            multiply_panels(layer.gate, hidden, n_tokens_, panel, end);
+            multiply_panels(layer.up, buffers_.up, n_tokens_, panel, end);
+            for (int t = 0; t < n_tokens_; ++t)
+                kernels_.swiglu(hidden.row(t) + panel * panel_rows, buffers_.up.row(t) + panel * panel_rows,
+                                (end - panel) * panel_rows);
+        }
         end(Stage::gate_up);
     }
 
@@ -3841,7 +4158,7 @@ private:
 
     // Rows 0 to n - 1 of x (or those that `rows` lists), normalised if there is a norm, packed for products.
     void pack_rows(Format format, Tensor x, int n, const float* norm, const int* rows = nullptr) {
-        const int tile = kernels_.tokens_together(n);
+        const int tile = kernels_.tokens_together(format, n);
         const auto [first, last] = share((n + tile - 1) / tile);
         for (int t = first * tile; t < std::min(last * tile, n); t += tile) {
             const int tokens = std::min(tile, n - t);
@@ -3853,7 +4170,7 @@ private:
                     std::fill(scratch_ + static_cast<std::size_t>(i) * x.stride + x.columns,
                               scratch_ + static_cast<std::size_t>(i + 1) * x.stride, 0.0f);
             kernels_.pack(format, buffers_.packed + static_cast<std::size_t>(t) * packed_bytes(format, x.columns),
-                          norm ? scratch_ : x.row(t), x.stride, tokens, x.columns);
+                          norm ? scratch_ : x.row(t), x.stride, tokens, tile, x.columns);
         }
         meet();
     }
@@ -3863,7 +4180,7 @@ private:
         first = std::max(first, 0), last = std::min(last, w.panels());
         if (first < last)
             kernels_.multiply(
-                {w, buffers_.packed, n, kernels_.tokens_together(n), out.data, out.stride, add, first, last, room_});
+                {w, buffers_.packed, n, kernels_.tokens_together(w.format, n), out.data, out.stride, add, first, last, room_});
     }
 
     void add_product(Stage stage, Tensor x, const Matrix& w, Tensor input) {
@@ -4856,6 +5173,12 @@ CpuFeatures cpu_features() {
     features.avx2_fma_f16c = avx_fma_f16c && (saved & 0x06) == 0x06 && has(b, 5);
     features.avx512 = features.avx2_fma_f16c && (saved & 0xe6) == 0xe6 && has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
     features.avx512_vnni = features.avx512 && has(c, 11);
+#if defined(__linux__)
+    // The system must save the tile registers (XCR0, bits 17 and 18), and hands them out on request, for the whole process.
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    features.amx = features.avx512 && has(d, 22) && has(d, 24) && has(d, 25) && (saved & 0x60000) == 0x60000 &&
+                   syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#endif
     if (subleaves >= 1) {
         query(7, 1);
         features.avx_vnni = features.avx2_fma_f16c && has(a, 4);

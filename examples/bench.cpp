@@ -235,11 +235,11 @@ int main(int argc, char** argv) {
                     repetitions,
                     machine,
                     limits::Memory{work.read, machine.read},
-                    isa == "avx512_bf16"};
+                    isa == "avx512_bf16" || isa == "amx"};
 
         const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
         std::vector<Result> results;
-        Fields read_limit, int8_limit, bf16_limit, f32_limit;
+        Fields read_limit, int8_limit, bf16_limit, f32_limit, int8_tiles_limit, bf16_tiles_limit;
         for (int t : threads) {
             if (t == 0) t = all;
             bench.memory.tune(t);
@@ -248,8 +248,11 @@ int main(int argc, char** argv) {
                 for (const int depth : depths) results.push_back(bench.measure(work, t, batch, depth, reads));
             if (predict == 0) reads.add(bench.memory.rate(t));
             read_limit.emplace_back(std::to_string(t), rounded(reads.median()));
-            for (const auto& [limit, of] :
-                 {std::pair(&int8_limit, &machine.int8), {&bf16_limit, &machine.bf16}, {&f32_limit, &machine.f32}})
+            for (const auto& [limit, of] : {std::pair(&int8_limit, &machine.int8),
+                                            {&bf16_limit, &machine.bf16},
+                                            {&f32_limit, &machine.f32},
+                                            {&int8_tiles_limit, &machine.int8_tiles},
+                                            {&bf16_tiles_limit, &machine.bf16_tiles}})
                 limit->emplace_back(std::to_string(t), of->round == nullptr ? "null" : rounded(of->rate(t)));
         }
 
@@ -258,7 +261,11 @@ int main(int argc, char** argv) {
             for (std::size_t i = 0; i < read_limit.size(); ++i)
                 std::cout << read_limit[i].first << " threads: read " << read_limit[i].second << " GB/s, int8 "
                           << int8_limit[i].second << " Gop/s, bf16 " << bf16_limit[i].second << " GFLOP/s, f32 "
-                          << f32_limit[i].second << " GFLOP/s\n";
+                          << f32_limit[i].second << " GFLOP/s"
+                          << (isa != "amx" ? ""
+                                           : ", tiles " + int8_tiles_limit[i].second + " Gop/s and " +
+                                                 bf16_tiles_limit[i].second + " GFLOP/s")
+                          << '\n';
             std::cout << "threads  batch  context  prefill tok/s  of peak  decode tok/s    GB/s  of read\n"
                       << std::fixed << std::setprecision(2);
             for (const Result& r : results)
@@ -304,7 +311,9 @@ int main(int argc, char** argv) {
                                   {"limits", json_object({{"read_gbs", json_object(read_limit)},
                                                           {"int8_gops", json_object(int8_limit)},
                                                           {"bf16_gflops", json_object(bf16_limit)},
-                                                          {"f32_gflops", json_object(f32_limit)}})},
+                                                          {"f32_gflops", json_object(f32_limit)},
+                                                          {"int8_tiles_gops", json_object(int8_tiles_limit)},
+                                                          {"bf16_tiles_gflops", json_object(bf16_tiles_limit)}})},
                                   {"results", json_list(list)}})
                   << '\n';
     });

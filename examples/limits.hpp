@@ -125,6 +125,26 @@ LLAMA3_MULTIPLY(int8_avx2, "ymm", LLAMA3_INT8_AVX2)
 LLAMA3_MULTIPLY(f32_avx2, "ymm", LLAMA3_F32_AVX2)
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+// The same for tiles of 16 x 16: four chains. The runtime has asked the system for the tile registers.
+#define LLAMA3_TILE_MULTIPLY(name, instruction)                                                      \
+    __attribute__((target("amx-tile,amx-int8,amx-bf16"))) inline void name(long n) {                 \
+        alignas(64) std::uint8_t shapes[64] = {1};                                                   \
+        for (int tile = 0; tile < 8; ++tile) shapes[16 + 2 * tile] = 64, shapes[48 + tile] = 16;     \
+        asm volatile("" ::: "memory"); /* g++ 12 believes that the next instruction reads 8 bytes */ \
+        _tile_loadconfig(shapes);                                                                    \
+        for (long i = 0; i < n; ++i) {                                                               \
+            instruction(0, 4, 6);                                                                    \
+            instruction(1, 4, 7);                                                                    \
+            instruction(2, 5, 6);                                                                    \
+            instruction(3, 5, 7);                                                                    \
+        }                                                                                            \
+        _tile_release();                                                                             \
+    }
+LLAMA3_TILE_MULTIPLY(int8_amx, _tile_dpbssd)
+LLAMA3_TILE_MULTIPLY(bf16_amx, _tile_dpbf16ps)
+#endif
+
 inline void f32_plain(long n) {
     volatile float start = 1;
     float chains[12] = {}, x = start, y = start;
@@ -137,22 +157,26 @@ inline void f32_plain(long n) {
 struct Multiply {
     void (*round)(long n) = nullptr;
     int operations = 0;  // per instruction or group
+    int chains = 12;
+    long n = 10'000'000;
 
     double rate(int threads) const {  // giga-operations per second
         if (round == nullptr) return 0;
-        const long n = 10'000'000;
         const double time = timed(threads, [&](int) { round(n); });
-        return static_cast<double>(n) * 12 * operations * threads / time * 1e-9;
+        return static_cast<double>(n) * chains * operations * threads / time * 1e-9;
     }
 };
 
 struct Machine {
     Reader read = read_plain;
-    Multiply int8, bf16, f32 = {f32_plain, 2};
+    Multiply int8, bf16, f32 = {f32_plain, 2}, int8_tiles, bf16_tiles;
 
     explicit Machine([[maybe_unused]] const std::string& isa) {
 #ifdef __x86_64__
-        if (isa.find("avx512") != std::string::npos) {
+#ifdef __linux__
+        if (isa == "amx") int8_tiles = {int8_amx, 32768, 4, 1'000'000}, bf16_tiles = {bf16_amx, 16384, 4, 1'000'000};
+#endif
+        if (isa.find("avx512") != std::string::npos || isa == "amx") {
             read = read_avx512, f32 = {f32_avx512, 32}, int8 = {int8_avx512, 128};
             if (__builtin_cpu_supports("avx512bf16")) bf16 = {bf16_avx512, 64};
         } else if (isa.find("avx") != std::string::npos) {

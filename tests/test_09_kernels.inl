@@ -47,10 +47,10 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
         std::copy(row.begin(), row.end(), x.begin() + t * static_cast<int>(stride));
     }
     d::AlignedBuffer packed(static_cast<std::size_t>(tokens) * d::packed_bytes(m.format, m.columns));
-    const int together = kernels.tokens_together(tokens);
+    const int together = kernels.tokens_together(m.format, tokens);
     for (int t = 0; t < tokens; t += together)
         kernels.pack(m.format, packed.data() + static_cast<std::size_t>(t) * d::packed_bytes(m.format, m.columns), x.data() + static_cast<std::size_t>(t) * stride, stride,
-                     std::min(together, tokens - t), m.columns);
+                     std::min(together, tokens - t), together, m.columns);
     std::vector<float> out(static_cast<std::size_t>(tokens) * out_stride, 0.25f);
     const int half = m.panels() / 2;  // in two runs of panels, as two threads would
     d::AlignedBuffer room(d::unpacked_bytes(d::max_tile_panels, m.columns));
@@ -92,7 +92,7 @@ TEST_SUITE("core: kernels") {
             for (const d::Kernels* kernels : kernels_here()) {
                 std::vector<float> out(64), expected(16);
                 d::AlignedBuffer packed(d::packed_bytes(w->matrix.format, 64));
-                kernels->pack(w->matrix.format, packed.data(), x.data(), 64, 1, 64);
+                kernels->pack(w->matrix.format, packed.data(), x.data(), 64, 1, 1, 64);
                 kernels->multiply({w->matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, nullptr});
                 d::linear(expected.data(), w->matrix, x.data());
                 CHECK(same_bits(out.data(), expected.data(), 16));
@@ -107,7 +107,7 @@ TEST_SUITE("core: kernels") {
                     std::vector<float> x(64, 1.0f), out(64);
                     x[40] = bad;
                     d::AlignedBuffer packed(d::packed_bytes(format, 64));
-                    kernels->pack(format, packed.data(), x.data(), 64, 1, 64);
+                    kernels->pack(format, packed.data(), x.data(), 64, 1, 1, 64);
                     kernels->multiply({w.matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, nullptr});
                     for (int r = 0; r < 16; ++r) CHECK(!(std::abs(out[static_cast<std::size_t>(r)]) < 1e30f));
                 }
