@@ -8,12 +8,15 @@ own, written from FORMAT.md alone. The checks against the real tokenizer run whe
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import io
 import itertools
 import json
 import math
 import os
+import pty
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import unittest
 import warnings
 from collections import OrderedDict
@@ -1266,6 +1270,33 @@ class CommandLine(Case):
         self.assertEqual((result.returncode, result.stdout), (0, ""))
         self.assertEqual([line.split(":")[0] for line in result.stderr.splitlines()],
                          ["chat format", "end tokens", "type", f"wrote {self.dir / 'x.l3'}"])
+        self.assertNotIn("\r", result.stderr)
+
+    def test_a_progress_bar_moves_on_a_terminal_and_leaves_no_trace(self):
+        """On a terminal of 80 columns, whose bytes are kept as they come; standard output stays empty."""
+        path = hf(self.dir / "h", dataclasses.replace(SMALL, name="long", layers=24))
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("<4H", 24, 80, 0, 0))
+        process = subprocess.Popen([sys.executable, CONVERT, path, "-o", self.dir / "x.l3"], stdout=subprocess.PIPE, stderr=slave,
+                                   env=dict(os.environ, TQDM_MININTERVAL="0"))
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):    # the program's end is an error of the terminal on Linux
+            while part := os.read(master, 4096):
+                shown += part
+        os.close(master)
+        self.assertEqual((process.communicate()[0], process.returncode), (b"", 0))
+        text = shown.decode().replace("\r\n", "\n")
+        percent = [int(found) for found in re.findall(r"\r *(\d+)%\|", text)]
+        self.assertGreater(len(set(percent)), 3, text)
+        self.assertEqual((percent, percent[0], percent[-1]), (sorted(percent), 0, 100))
+        # Everything that a carriage return went back over, which a terminal shows no more, is wiped out by blanks.
+        lines = [line.rsplit("\r", 1) for line in text.split("\n")]
+        self.assertEqual([line[-1].split(":")[0] for line in lines],
+                         ["chat format", "end tokens", "type", f"wrote {self.dir / 'x.l3'}", ""])
+        bar = lines[3][0].split("\r")
+        self.assertEqual(bar[-1].strip(), "")
+        self.assertGreaterEqual(len(bar[-1]), len(bar[-2].rstrip()))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class CommandLine(unittest.TestCase):
                              ("generate", "-p", "a", "--kv", "q9"), ("generate", "-p", "a", "--kv", "q4"), ("generate", "-p", "a", "--device", "tpu"),
                              ("generate", "-p", "a", "--top-p", "2"), ("generate", "-p", "a", "--min-p", "1.5"), ("generate", "-p", "a", "-m", ""), ("generate", "-p", "a", "-t", "100000"), ("generate", "--tokens", "1,-2"),
                              ("generate", "--tokens", "1,,2"), ("generate", "--tokens", ""),
-                             ("chat", "--chat-style", "alpaca"), ("bench", "-t", "1,x"), ("bench", "--batch", "0")):
+                             ("chat", "--chat-style", "alpaca"), ("chat", "--overflow", "shift"), ("bench", "-t", "1,x"), ("bench", "--batch", "0")):
             self.assertIn(json.dumps(flags[-1]), self.wrong(name, *flags))
 
     def test_flags_that_contradict_each_other_are_refused(self):
@@ -351,7 +351,7 @@ class Bench(unittest.TestCase):
 
 
 class Terminal:
-    """A program on a terminal of its own; its standard output goes to a pipe."""
+    """A program (or a path) on a terminal of its own; its standard output goes to a pipe."""
 
     def __init__(self, name, *flags):
         self.master, slave = pty.openpty()
@@ -376,11 +376,13 @@ class Terminal:
                 raise AssertionError(f"no {text!r} in {self.screen!r}")
             if select.select([self.master], [], [], 0.1)[0]:
                 self.screen += os.read(self.master, 4096)
-        self.screen = self.screen.split(text, 1)[1]
+        before, self.screen = self.screen.split(text, 1)
+        return before
 
     def wait_for_prompt(self):
-        self.wait_for(b"> ")
+        before = self.wait_for(b"> ")
         time.sleep(0.5)  # it is shown just before the terminal is set up for editing
+        return before
 
     def end(self):
         deadline = time.time() + 60
@@ -395,11 +397,54 @@ class Terminal:
         return self.process.returncode, out
 
 
-class Chat(unittest.TestCase):
+class OnTerminal(unittest.TestCase):
     def terminal(self, *command):
         terminal = Terminal(*command)
         self.addCleanup(terminal.process.kill)
         return terminal
+
+    def terminal_with_a_stopped_answer(self, *command):
+        """A terminal that waits at its prompt again, after the question and what was said of its answer before Ctrl-C."""
+        question = "Tell me a long story."
+        for _ in range(5):  # the answer may be complete before Ctrl-C arrives
+            terminal = self.terminal(*command, "--temp", "0", "-t", "1")
+            terminal.wait_for_prompt()
+            terminal.type(question.encode() + b"\n")
+            stdout = terminal.process.stdout.fileno()
+            answer = os.read(stdout, 1)  # the answer has begun
+            terminal.type(b"\x03")
+            try:
+                terminal.wait_for(b"the answer was stopped", 5)
+            except AssertionError:
+                continue
+            while not answer.endswith(b"\n"):
+                answer += os.read(stdout, 4096)
+            terminal.wait_for_prompt()
+            return terminal, question, answer[:-1].decode()
+        self.fail("no answer was stopped")
+
+
+def rendered(*contents):
+    """The ids of a conversation in the llama3 format, of the user and the assistant in turn, made here from the parts."""
+    special = {name: int(output("tokenize", "--special", input=f"<|{name}|>".encode()))
+               for name in ("begin_of_text", "start_header_id", "end_header_id", "eot_id")}
+    parts = ["user", "assistant", "\n\n", *map(str.strip, contents)]
+    user, assistant, newlines, *texts = (
+        [int(i) for i in line.split()]
+        for line in output("tokenize", "-0", input="".join(part + "\0" for part in parts).encode()).splitlines())
+    ids = [special["begin_of_text"]]
+    for i, text in enumerate([*texts, None]):
+        ids += [special["start_header_id"], *(assistant if i % 2 else user), special["end_header_id"], *newlines]
+        ids += [] if text is None else [*text, special["eot_id"]]
+    return ids
+
+
+def answer_to(*contents):
+    """What the model says next, most likely tokens only, computed by generate from ids that were put together here."""
+    return output("generate", "--tokens", ",".join(map(str, rendered(*contents))), "--temp", "0").decode()
+
+
+class Chat(OnTerminal):
 
     def test_turns_come_from_a_pipe_one_per_line(self):
         two = output("chat", "-n", "20", input=b"Hello\nTell me a story.\n")
@@ -437,27 +482,55 @@ class Chat(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertRegex(errors, ERROR)
 
+    def test_what_happens_in_a_full_context_is_chosen(self):
+        turns = b"Tell me a story about a fox and a frog.\n" * 8
+        flags = ("chat", "-c", "128", "-n", "24", "--temp", "0", "--overflow")
+        self.assertEqual(run(*flags, "restart", input=turns), run(*flags[:-1], input=turns))
+        status, out, errors = run(*flags, "error", input=turns)
+        self.assertEqual(status, 1)
+        self.assertNotIn("forgotten", errors)
+        self.assertRegex(errors.splitlines(True)[-1], ERROR)
+        self.assertIn("at most 127", errors)
+        self.assertIn(out.count(b"\n"), range(2, 7))  # the turns before it were answered
+        terminal = self.terminal(*flags, "error")
+        for _ in range(8):  # on a terminal the program goes on, and /clear makes room
+            if b"does not fit" in terminal.wait_for_prompt():
+                break
+            terminal.type(b"Tell me a story about a fox and a frog.\n")
+        else:
+            self.fail("everything fitted")
+        terminal.type(b"/clear\n")
+        terminal.wait_for(b"A new conversation.")
+        terminal.wait_for_prompt()
+        terminal.type(b"Hello\n/quit\n")
+        status, out = terminal.end()
+        self.assertEqual(status, 0)
+        self.assertTrue(out.splitlines()[-1])
+
+    def test_answers_are_those_of_the_whole_conversation_rendered_anew(self):
+        turns = ("Hello", "Tell me a story about a fox.", "who was it about?")
+        found, said = output("chat", "--temp", "0", input="\n".join(turns).encode()).decode(), []
+        for turn in turns:
+            said += [turn, answer_to(*said, turn)]
+        self.assertEqual(found, "".join(said[1::2]))
+
     def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(self):
-        for _ in range(5):  # the answer may be complete before Ctrl-C arrives
-            terminal = self.terminal("chat", "--temp", "0", "-t", "1")
-            terminal.wait_for_prompt()
-            terminal.type(b"Tell me a long story.\n")
-            os.read(terminal.process.stdout.fileno(), 1)  # the answer has begun
-            terminal.type(b"\x03")
-            try:
-                terminal.wait_for(b"the answer was stopped", 5)
-            except AssertionError:
-                continue
-            terminal.wait_for_prompt()
-            terminal.type(b"/clear\n")
-            terminal.wait_for(b"A new conversation.")
-            terminal.wait_for_prompt()
-            terminal.type(b"Hello\n/quit\n")
-            status, out = terminal.end()
-            self.assertEqual(status, 0)
-            self.assertGreaterEqual(out.count(b"\n"), 2)
-            return
-        self.fail("no answer was stopped")
+        terminal, question, answer = self.terminal_with_a_stopped_answer("chat")
+        self.assertNotEqual(answer, "")
+        self.assertTrue(answer_to(question).startswith(answer))
+        terminal.type(b"who was it about?\n")
+        terminal.wait_for_prompt()
+        terminal.type(b"/clear\n")
+        terminal.wait_for(b"A new conversation.")
+        terminal.wait_for_prompt()
+        terminal.type(b"who was it about?\n")
+        terminal.wait_for_prompt()
+        terminal.type(b"\x04")
+        status, out = terminal.end()
+        self.assertEqual(status, 0)
+        kept, new = answer_to(question, answer, "who was it about?"), answer_to("who was it about?")
+        self.assertNotEqual(kept, new)  # or this test would see nothing
+        self.assertEqual(out.decode(), kept + new)
 
     def test_ctrl_d_ends(self):
         terminal = self.terminal("chat")
@@ -506,12 +579,28 @@ class Readme(unittest.TestCase):
             self.assertEqual(done.returncode, 1)
             self.assertIn(b"no/such.l3", done.stderr)
 
+    def test_hello_is_built_with_the_other_programs(self):
+        done = subprocess.run([os.path.join(PROGRAMS, "hello")], cwd=SOURCE, capture_output=True, timeout=60)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(done.stdout, output("chat", "-m", DEMO, "-p", "Tell me a story."))
 
-class Quickstart(unittest.TestCase):
+
+class Quickstart(OnTerminal):
+    SCRIPT = os.path.join(SOURCE, "examples", "quickstart.sh")
+
     def test_it_builds_chat_and_answers_a_pipe(self):
-        done = subprocess.run(["sh", os.path.join(SOURCE, "examples", "quickstart.sh")], input=b"Hello\n", capture_output=True, timeout=300)
+        done = subprocess.run(["sh", self.SCRIPT], input=b"Hello\n", capture_output=True, timeout=300)
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         self.assertGreater(len(done.stdout.strip()), 0)
+
+    def test_on_a_terminal_it_answers_ctrl_c_stops_an_answer_and_ctrl_d_ends(self):
+        subprocess.run(["sh", self.SCRIPT, "--help"], capture_output=True, check=True, timeout=300)  # builds chat
+        terminal, _, _ = self.terminal_with_a_stopped_answer(shutil.which("sh"), self.SCRIPT)
+        terminal.type(b"Hello\n")
+        self.assertTrue(os.read(terminal.process.stdout.fileno(), 1))
+        terminal.wait_for_prompt()
+        terminal.type(b"\x04")
+        self.assertEqual(terminal.end()[0], 0)
 
 
 if __name__ == "__main__":
