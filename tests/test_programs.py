@@ -21,6 +21,7 @@ import unittest
 SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAMS = os.environ.get("LLAMA3_PROGRAMS", os.path.join(SOURCE, "build"))
 DEMO = os.path.join(SOURCE, "examples", "demo", "demo.l3")
+DATA = os.environ.get("LLAMA3_TEST_DATA", os.path.join(PROGRAMS, "data"))
 ALL = ("chat", "generate", "tokenize", "perplexity", "bench", "inspect")
 # where: what is wrong (found X, expected Y). What to do.
 ERROR = re.compile(r"^[^\n]+: [^\n]+ \(found [^\n]+, expected [^\n]+\)\. [^\n]+\.\n$")
@@ -295,6 +296,12 @@ class Inspect(unittest.TestCase):
         self.assertRegex(errors, ERROR)
 
 
+def log_softmax(row):
+    top = max(row)
+    total = top + math.log(sum(math.exp(x - top) for x in row))
+    return [x - total for x in row]
+
+
 class Perplexity(unittest.TestCase):
     def test_it_is_the_mean_over_the_second_halves_of_the_windows(self):
         """Computed again from the logits that generate writes."""
@@ -320,6 +327,63 @@ class Perplexity(unittest.TestCase):
         self.assertEqual((found["tokens"], found["windows"], found["scored"]), (len(ids), len(windows), count))
         self.assertAlmostEqual(found["nll"], total / count, places=4)
         self.assertAlmostEqual(found["perplexity"], math.exp(found["nll"]), places=6)
+
+    def test_the_divergence_from_a_base_is_that_of_the_two_models_logits(self):
+        """Computed again from the logits that generate writes."""
+        text = ("Once upon a time there was a fox. " * 12).encode()
+        with tempfile.TemporaryDirectory() as folder:
+            path, npy = os.path.join(folder, "text.txt"), os.path.join(folder, "logits.npy")
+            with open(path, "wb") as file:
+                file.write(text)
+            same = json.loads(output("perplexity", "-f", path, "-c", "40", "--json", "--kl-base", DEMO))
+            self.assertEqual((same["kl"], same["same_top1"], same["base_nll"]), (0, 1, same["nll"]))
+            alone = json.loads(output("perplexity", "-f", path, "-c", "40", "--json"))
+            self.assertEqual({key: same[key] for key in alone}, alone)
+
+            # The base: the demo model with one norm smaller, which is enough for other words here and there.
+            tensors = json.loads(output("inspect", DEMO, "--json"))["tensors"]
+            norm = next(t for t in tensors if t["name"] == "layers.1.ffn_norm")
+            with open(DEMO, "rb") as file:
+                data = bytearray(file.read())
+            part = slice(norm["offset"], norm["offset"] + norm["bytes"])
+            count = norm["bytes"] // 4
+            data[part] = struct.pack(f"<{count}f", *(x / 4 for x in struct.unpack(f"<{count}f", data[part])))
+            base = os.path.join(folder, "base.l3")
+            with open(base, "wb") as file:
+                file.write(data)
+            found = json.loads(output("perplexity", "-f", path, "-c", "40", "--json", "--kl-base", base))
+            begin = json.loads(output("inspect", DEMO, "--json"))["configuration"]["begin_token"]
+            ids = [begin] + [int(i) for i in output("tokenize", input=text).split()]
+            total = base_nll = same_top = count = 0
+            for window in [[begin] + ids[i + 1:i + 40] for i in range(0, len(ids) - 39, 40)]:
+                rows = []
+                for model in (base, DEMO):
+                    output("generate", "-m", model, "--tokens", ",".join(map(str, window)), "-n", "0", "-c", "40", "--logits", npy)
+                    (_, columns), data = read_npy(npy)
+                    rows.append([struct.unpack(f"<{columns}f", row) for row in data])
+                for position in range(20, 39):
+                    p, q = (log_softmax(each[position]) for each in rows)
+                    total += sum(math.exp(a) * (a - b) for a, b in zip(p, q))
+                    base_nll -= p[window[position + 1]]
+                    same_top += p.index(max(p)) == q.index(max(q))
+                    count += 1
+        self.assertEqual((found["scored"], found["same_top1"]), (count, same_top / count))
+        self.assertTrue(0 < found["same_top1"] < 1)
+        self.assertGreater(found["kl"], 0.01)
+        self.assertAlmostEqual(found["kl"], total / count, places=5)
+        self.assertAlmostEqual(found["base_nll"], base_nll / count, places=4)
+        self.assertAlmostEqual(found["base_perplexity"], math.exp(found["base_nll"]), places=6)
+
+    @unittest.skipUnless(os.path.isdir(DATA), "no golden checkpoints")
+    def test_a_base_with_another_vocabulary_is_refused(self):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"Hello " * 100)
+            file.flush()
+            other = sorted(name for name in os.listdir(DATA) if name.endswith(".l3"))[0]
+            status, out, errors = run("perplexity", "-f", file.name, "-c", "32", "--kl-base", os.path.join(DATA, other))
+        self.assertEqual((status, out), (1, b""))
+        self.assertRegex(errors, ERROR)
+        self.assertIn(other, errors)
 
     def test_a_text_shorter_than_a_window_is_refused(self):
         with tempfile.NamedTemporaryFile() as file:
