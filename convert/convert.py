@@ -341,25 +341,66 @@ def quantize_q8(values: np.ndarray) -> tuple:
     for _ in range(5):    # 32 to 1 by halves: four times as fast as numpy's max over a short axis
         largest = np.maximum(largest[0::2], largest[1::2])
     scales = largest.reshape(len(values), -1) / np.float32(127)
-    steps = values.reshape(*scales.shape, 32) * reciprocal(scales)
+    steps = values.reshape(*scales.shape, 32) * reciprocal(scales)[..., None]
     steps += np.copysign(np.float32(0.49999997), steps)    # just below 1/2: 1/2 would round 0.49999997 up to 1
     return to_f16(scales), steps.astype(np.int8).reshape(values.shape)
 
 
+# What a scale of q4 makes of the value of largest magnitude of its block, for each scale that is tried. Squared errors with these
+# are 10 % below those of Q4_0 (Gaussian, Laplacian and trained weights); a search in steps of 0.1 gains 0.4 % more.
+Q4_PEAKS = (-8.7, -8.3, -7.8, -7.2)
+
+
 def quantize_q4(values: np.ndarray) -> tuple:
-    """d = (the value of largest magnitude, with its sign) / -8 of 32 columns, so that this value is nearly exact."""
-    blocks = values.reshape(len(values), -1, 32)
-    scales = np.take_along_axis(blocks, np.abs(blocks).argmax(2)[..., None], 2)[..., 0] / np.float32(-8)
-    steps = blocks * reciprocal(scales) + np.float32(8.5)
-    return to_f16(scales), np.minimum(steps.astype(np.uint8), 15).view(np.int8).reshape(values.shape) - np.int8(8)
+    """d of the least squared error that was found for 32 columns; x / d to the nearest integer from -8 to 7. Three kinds of d
+    compete: Q4_0's, (the value of largest magnitude, with its sign) / -8, so that no block is worse than there; the best of
+    Q4_PEAKS, each replaced by what suits its integers n best, sum(x n) / sum(n n); and (that value) / 1 to 7, one of which finds
+    the d of a block that consists of multiples of an fp16 number already."""
+    x = np.ascontiguousarray(values.reshape(-1, 32).T)    # [32, blocks]: sums over a block are sums of rows, which are fast
+    largest, smallest = x.max(0), x.min(0)
+    peak = np.where(largest > -smallest, largest, smallest)
+    equal = np.flatnonzero(largest == -smallest)    # argmax for all would take a fifth of the time
+    peak[equal] = x[np.abs(x[:, equal]).argmax(0), equal]
+    inverse, most, best = reciprocal(peak), np.zeros_like(peak), np.zeros_like(peak)
+
+    def measure(x: np.ndarray, scales: np.ndarray) -> tuple:
+        d = scales.view("<f2").astype(np.float32)
+        n = nearest(x, reciprocal(d))
+        return n, np.add.reduce((x - n * d) ** 2, 0)
+
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):    # NaN is never better than anything
+        for steps in Q4_PEAKS:
+            n = nearest(x, inverse * np.float32(steps))
+            mixed, squares = np.add.reduce(x * n, 0), np.add.reduce(n * n, 0)
+            gain = mixed * mixed / squares    # the squared error is sum(x x) less this
+            better = gain > most
+            most[better], best[better] = gain[better], mixed[better] / squares[better]
+        scales, fine = to_f16(peak / np.float32(-8)), to_f16(best)
+        (n, error), (fine_n, fine_error) = measure(x, scales), measure(x, fine)
+        better = fine_error < error
+        scales, n, error = np.where(better, fine, scales), np.where(better, fine_n, n), np.where(better, fine_error, error)
+        for steps in range(1, 8):    # a look at four columns rules out nearly every block
+            few = x[:4] * (inverse * np.float32(steps))
+            some = np.flatnonzero((np.abs(few - np.rint(few)) < 1e-3).all(0) & (error > 0))
+            exact = to_f16(peak[some] / np.float32(steps))
+            exact_n, exact_error = measure(x[:, some], exact)
+            some, kept = some[exact_error == 0], exact_error == 0
+            scales[some], n[:, some], error[some] = exact[kept], exact_n[:, kept], 0
+    return scales.reshape(len(values), -1), np.ascontiguousarray(n.astype(np.int8).T).reshape(values.shape)
+
+
+def nearest(x: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """x / d as integers of q4."""
+    n = x * inverse
+    return np.clip(np.rint(n, out=n), np.float32(-8), np.float32(7), out=n)
 
 
 def reciprocal(scales: np.ndarray) -> np.ndarray:
-    """1/d, and 0 where |d| is at most 1e-35, which fp16 does not hold and for which 1/d may be infinite; one per block."""
+    """1/d, and 0 where |d| is at most 1e-35, which fp16 does not hold and for which 1/d may be infinite."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scales
     inverse[np.abs(scales) <= np.float32(1e-35)] = 0
-    return inverse[..., None]
+    return inverse
 
 
 def to_f16(scales: np.ndarray) -> np.ndarray:
@@ -1590,10 +1631,12 @@ def tolerance(tensor: Tensor, format: str, back: Tensor, first: int, last: int, 
         return np.zeros((1, 1), np.float32)
     if format == "bf16":
         return np.abs(wanted) * np.float32(2 ** -8) + np.float32(2 ** -133)
-    # Half a step; a whole one in q4, which has +7 but not +8. And the scale's own rounding to fp16, as many times.
-    steps, most = (0.5, 127) if format == "q8" else (1, 8)
+    # Half a step of q8, and the scale's own rounding to fp16, up to 127 times. In q4 half a step too, or what lies beyond 7 steps.
     scales = np.abs(split_blocks(back.type, back.read(first, last))[0].view("<f2").astype(np.float32))
-    return np.repeat(scales * (1.001 * steps + most / 2048) + most / 2 ** 25, 32, axis=1)[:, :tensor.columns]
+    steps = np.repeat(scales, 32, axis=1)[:, :tensor.columns]
+    if format == "q4":
+        return np.maximum(steps * np.float32(0.501), np.abs(wanted) - steps * np.float32(6.999))
+    return steps * np.float32(0.5005 + 127 / 2048) + np.float32(127 / 2 ** 25)
 
 
 @contextlib.contextmanager

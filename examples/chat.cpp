@@ -12,10 +12,12 @@ int main(int argc, char** argv) {
     llama3::ChatOptions options;
     llama3::Sampling sampling;
     std::optional<std::string> first;
-    std::string style = "reference";
+    std::string style = "reference", overflow = "restart";
     args.add("-sys, --system-prompt TEXT", options.system, "system message (none)");
     args.add("-p, --prompt TEXT", first, "the first turn");
     args.add("-n, --predict N", options.max_tokens, "at most N tokens per answer, -1: until the context is full (-1)", {-1});
+    args.add("--overflow WAY", overflow,
+             "when the context is full: restart (keep the system message and the latest turns) or error (restart)");
     args.add("--chat-style STYLE", style,
              "rendering of the chat: reference (Meta's code) or hf (the templates on Hugging Face) (reference)");
     args.add("--date D", options.style.date, "hf: the date in the system message (26 Jul 2024)");
@@ -24,6 +26,8 @@ int main(int argc, char** argv) {
     args.parse(argc, argv);
     if (style == "hf") options.style.kind = llama3::ChatStyle::Kind::hf;
     else if (style != "reference") args.wrong("--chat-style", "no such style", json_text(style), "reference or hf");
+    if (overflow == "error") options.overflow = llama3::ChatOptions::Overflow::error;
+    else if (overflow != "restart") args.wrong("--overflow", "no such way", json_text(overflow), "restart or error");
 
     return run([&] {
         const llama3::Model model = flags.load();

@@ -1137,12 +1137,10 @@ TEST_CASE("text is stripped and quoted as Python does it") {
           "\"a\\\"b\\\\c/\\n\\r\\t\\b\\f\\u0001\\u001f\x7F\u00E9\"");
 }
 
-TEST_CASE("the published vocabulary gives the chat sequences of the golden file") {
-    const Tokenizer* published = test::published_tokenizer();
-    if (!published) {
-        MESSAGE("did not run: LLAMA3_TOKENIZER_MODEL names no tokenizer.model");
-        return;
-    }
+namespace {
+// The chats of golden/chat.tsv, each rendered with a vocabulary and its ids shown to check(name, ids with spaces, ids in the file).
+void each_golden_chat(const Tokenizer& tokenizer,
+                      const std::function<void(const std::string&, const std::string&, const std::string&)>& check) {
     const auto plain = [](const std::string& text) {  // \n, \t and two backslashes stand for themselves
         std::string out;
         for (std::size_t i = 0; i < text.size(); ++i) {
@@ -1178,14 +1176,69 @@ TEST_CASE("the published vocabulary gives the chat sequences of the golden file"
                                 contains(fields.at(2), "end_of_message")});
         } else if (fields[0] == "ids") {
             std::string ids;
-            for (const int id : detail::render_chat(*published, format, messages, style, true))
+            for (const int id : detail::render_chat(tokenizer, format, messages, style, true))
                 ids += (ids.empty() ? "" : " ") + std::to_string(id);
             CAPTURE(name);
-            CHECK(ids == fields.at(3));
+            check(name, ids, fields.at(3));
             cases.insert(name);
         }
     }
     for (const char* needed : {"A", "B", "C", "D", "E", "F"}) CHECK(cases.count(needed) == 1);
+}
+}  // namespace
+
+TEST_CASE("the published vocabulary gives the chat sequences of the golden file") {
+    const Tokenizer* published = test::published_tokenizer();
+    if (!published) {
+        MESSAGE("did not run: LLAMA3_TOKENIZER_MODEL names no tokenizer.model");
+        return;
+    }
+    each_golden_chat(*published,
+                     [](const std::string&, const std::string& ids, const std::string& wanted) { CHECK(ids == wanted); });
+}
+
+TEST_CASE("the demo vocabulary gives the same chats in its own ids, with the special tokens in the same places") {
+    const Model demo = Model::load(test::folder() + "../examples/demo/demo.l3");
+    const Tokenizer& tokenizer = demo.tokenizer();
+    std::map<std::string, std::string> golden;
+    std::istringstream file(test::read_file(test::folder() + "golden/chat_demo.tsv"));
+    for (std::string line; std::getline(file, line);)
+        if (line[0] != '#') golden[line.substr(0, line.find('\t'))] = line.substr(line.find('\t') + 1);
+    each_golden_chat(tokenizer, [&](const std::string& name, const std::string& ids, const std::string& published) {
+        CHECK(ids == golden[name]);
+        const auto specials = [](const std::string& text, int ranks) {  // ids above the ranks, as distances from the first
+            std::vector<int> out;
+            std::istringstream words(text);
+            for (int id = 0; words >> id;)
+                if (id >= ranks) out.push_back(id - ranks);
+            return out;
+        };
+        CHECK(specials(ids, tokenizer.rank_count()) == specials(published, 128000));
+    });
+    CHECK(golden.size() >= 10);
+}
+
+TEST_CASE("a conversation with the demo model begins once, and every message has a header and an end") {
+    Options options;
+    options.threads = 1;
+    ChatOptions chat_options;
+    chat_options.system = "You are a helpful assistant";
+    chat_options.max_tokens = 12;
+    Chat chat(Model::load(test::folder() + "../examples/demo/demo.l3"), chat_options, {}, options);
+    chat.say("Who are you? <|eot_id|>");
+    chat.say("Tell me a story.");
+    const Tokenizer& tokenizer = chat.session().model().tokenizer();
+    std::string specials;  // names, with the text of each header between its two tokens
+    bool in_header = false;
+    const auto fed = chat.session().tokens();
+    for (std::size_t i = 0; i + 1 < fed.size(); ++i) {  // the last may be the end token of an answer that was short enough
+        const std::string text(tokenizer.bytes(fed[i]));
+        if (tokenizer.is_special(fed[i]) || in_header) specials += text;
+        if (tokenizer.is_special(fed[i])) in_header = text == "<|start_header_id|>";
+    }
+    const auto header = [](const char* role) { return "<|start_header_id|>" + std::string(role) + "<|end_header_id|>"; };
+    CHECK(specials == "<|begin_of_text|>" + header("system") + "<|eot_id|>" + header("user") + "<|eot_id|>" +
+                          header("assistant") + "<|eot_id|>" + header("user") + "<|eot_id|>" + header("assistant"));
 }
 
 TEST_SUITE_END();

@@ -194,6 +194,56 @@ TEST_SUITE("core: model files") {
         CHECK(has(memory.describe(), "model in memory"));
     }
 
+    TEST_CASE("loading a file of 8 GB maps it and reads none of its weights") {
+        const auto resident = []() -> std::uint64_t {  // bytes of this process in memory, those of mapped files included
+            std::ifstream status("/proc/self/status");
+            for (std::string line; std::getline(status, line);)
+                if (line.rfind("VmRSS:", 0) == 0) return std::stoull(line.substr(6)) * 1024;
+            return 0;
+        };
+        Config c = tiny_config();
+        c.n_layers = 36, c.dim = 4096, c.n_heads = 32, c.n_kv_heads = 8, c.head_dim = 128, c.ffn_dim = 14336;
+        c.begin_token = 256, c.end_tokens = {257}, c.vocab_size = 1024;
+        c.attention_out_segments = d::out_segments(c), c.down_segments = d::down_segments(c);
+        std::vector<TensorInfo> tensors = d::required_tensors(c);
+        std::string parts[4] = {d::write_config(c), d::write_tokenizer(d::synthetic_vocabulary(512)), d::write_table(tensors),
+                                "a: b\n"};
+        std::uint64_t offsets[4], end = 128;
+        for (std::size_t i = 0; i < 4; ++i) offsets[i] = d::align(end, 8), end = offsets[i] + parts[i].size();
+        end = d::align(end, 4096);
+        for (TensorInfo& t : tensors) {
+            t.format = t.dimensions == 1 ? Format::f32 : Format::q8;
+            t.offset = d::align(end, 64), t.bytes = d::tensor_bytes(t), end = t.offset + t.bytes;
+        }
+        CHECK(end > 8'000'000'000);
+        parts[2] = d::write_table(tensors);
+        std::string head("\x89llama3\n");
+        d::append(head, std::uint64_t{1}, end);
+        for (std::size_t i = 0; i < 4; ++i) d::append(head, offsets[i], std::uint64_t{parts[i].size()}, hash(parts[i]));
+        d::append(head, hash(head));
+        for (std::size_t i = 0; i < 4; ++i) head.resize(static_cast<std::size_t>(offsets[i]), '\0'), head += parts[i];
+
+        const std::string path = temporary_file(head);  // all the rest is a hole, which takes no room on the disk
+        struct stat file = {};
+        const bool sparse = truncate(path.c_str(), static_cast<off_t>(end)) == 0 && stat(path.c_str(), &file) == 0 &&
+                            file.st_blocks < (1 << 17);
+        const std::uint64_t before = resident();
+        if (sparse && before > 0) {
+            const Model model = Model::load(path);
+            CHECK(model.plan({}).weights_bytes > 8'000'000'000);
+            std::vector<float> values(4096, 1);
+            d::decode_row(model.weights().output, 1023, values.data());  // the very end of the file
+            CHECK(values == std::vector<float>(4096, 0));
+            CHECK(resident() < before + (64 << 20));
+            for (const Layer& layer : model.weights().layers)  // the measure itself: 64 MB that are touched do count
+                for (std::size_t at = 0; at < (2 << 20); at += 4096) values[0] += static_cast<float>(layer.gate.data[at]);
+            CHECK(resident() >= before + (64 << 20));
+        } else {
+            MESSAGE("did not run: no file with holes in the folder for temporary files, or no /proc to measure memory with");
+        }
+        std::remove(path.c_str());
+    }
+
     TEST_CASE("a tokenizer outlives its model, and a model keeps the owner of its memory") {
         auto image = std::make_shared<Image>(tiny_config(), Format::bf16);
         const std::weak_ptr<Image> watch = image;
@@ -222,12 +272,15 @@ TEST_SUITE("core: model files") {
         for (const auto loading : {Model::Loading::map, Model::Loading::read}) {
             Outcome o = open("/nowhere/model.l3", loading);
             CHECK(o.text ==
-                  "/nowhere/model.l3: the file cannot be opened (found No such file or directory, expected a readable file). Give the path of a readable .l3 "
+                  "/nowhere/model.l3: the file cannot be opened (found No such file or directory, expected a readable file). "
+                  "Give the path of a readable .l3 "
                   "file.");
             CHECK(o.code == Code::file);
             CHECK(open("/", loading).text ==
-                  "/: the file cannot be read (found a directory, expected a readable file). Give the path of a readable .l3 file.");
-            CHECK(has(open("/dev/null", loading).text, "/dev/null: the file cannot be read (found no ordinary file, expected a readable file)"));
+                  "/: the file cannot be read (found a directory, expected a readable file). Give the path of a readable .l3 "
+                  "file.");
+            CHECK(has(open("/dev/null", loading).text,
+                      "/dev/null: the file cannot be read (found no ordinary file, expected a readable file)"));
             const auto content = [&](std::string_view bytes) {
                 const std::string path = temporary_file(bytes);
                 Outcome result = open(path, loading);

@@ -19,6 +19,9 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(HERE, "golden")
+sys.path.insert(0, GOLDEN)
+import checkpoints  # noqa: E402
+
 CONVERT = os.path.join(HERE, "..", "convert", "convert.py")
 PROGRAMS = os.environ.get("LLAMA3_PROGRAMS", os.path.join(HERE, "..", "build"))
 DATA = os.environ.get("LLAMA3_TEST_DATA", "")
@@ -174,12 +177,18 @@ def tile_heads(file, parameters):
 
 
 def make_data(folder):
-    """The .l3 files of all models and types: what the build makes beforehand in LLAMA3_TEST_DATA."""
+    """The .l3 files of all models and types: what the build makes beforehand in LLAMA3_TEST_DATA. Those of q8 and q4 are made
+    from the weights that transformers ran, multiples of gguf's scales, which the converter keeps exactly."""
     subprocess.run([sys.executable, os.path.join(GOLDEN, "checkpoints.py"), folder], check=True, stdout=subprocess.DEVNULL)
     for name, entry in MODELS.items():
         for kind in entry["logits"]:
-            subprocess.run([sys.executable, CONVERT, os.path.join(folder, name), "-o", os.path.join(folder, f"{name}.{kind}.l3"),
-                            "--type", kind], check=True, capture_output=True)
+            source = os.path.join(folder, name)
+            if kind in ("q8", "q4"):
+                source += "-" + kind
+                model = checkpoints.BY_NAME[name]
+                checkpoints.write_hf(source, model, dtype="float32", tensors=checkpoints.dequantised(model, kind))
+            subprocess.run([sys.executable, CONVERT, source, "-o", os.path.join(folder, f"{name}.{kind}.l3"), "--type", kind],
+                           check=True, capture_output=True)
 
 
 if __name__ == "__main__":

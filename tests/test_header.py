@@ -120,12 +120,38 @@ class Install(Folder):
                        stdout=subprocess.DEVNULL)
         self.prefix = next(path for path, folders, _ in os.walk(self.folder) if "include" in folders)
 
-    def test_programs_have_a_prefix_and_find_the_demo_model(self):
+    def test_programs_have_a_prefix(self):
+        for name in ("chat", "generate", "tokenize", "perplexity", "bench", "inspect"):
+            done = subprocess.run([os.path.join(self.prefix, "bin", "llama3-" + name), "--help"], capture_output=True)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def test_the_demo_model_is_looked_for_beside_the_program_then_under_the_prefix_then_in_the_source_tree(self):
+        """In each place but the last a file that is no model: the one that is complained about is the one that was taken."""
         program = os.path.join(self.prefix, "bin", "llama3-generate")
-        self.assertEqual(subprocess.run([program, "--help"], capture_output=True).returncode, 0)
-        if os.path.exists(os.path.join(self.prefix, "share", "llama3", "demo.l3")):
-            # strace would be needed to see which one was opened; that the installed one is first is in the program's text
-            self.assertEqual(subprocess.run([program, "-p", "a", "-n", "1"], capture_output=True, cwd="/").returncode, 0)
+        beside = os.path.join(self.prefix, "bin", "demo.l3")
+        installed = os.path.join(self.prefix, "share", "llama3", "demo.l3")
+
+        def run():
+            done = subprocess.run([program, "-p", "a", "-n", "4"], capture_output=True, text=True, cwd="/")
+            return done.returncode, done.stdout, done.stderr
+
+        good = run()
+        self.assertEqual((good[0], good[2]), (0, ""))
+        self.assertTrue(good[1].strip())
+        shutil.copy(installed, beside)
+        for path in (beside, installed):
+            with open(path, "wb") as file:
+                file.write(b"not a model" * 100)
+            status, out, errors = run()
+            self.assertEqual((status, out), (1, ""))
+            self.assertTrue(errors.startswith(path + ": "), errors)
+            os.remove(path)
+        self.assertEqual(run(), good)    # that of the source tree, from which the installed one was copied
+
+    def test_the_installed_demo_model_is_that_of_the_source_tree(self):
+        with open(os.path.join(self.prefix, "share", "llama3", "demo.l3"), "rb") as one, \
+                open(os.path.join(SOURCE, "examples", "demo", "demo.l3"), "rb") as other:
+            self.assertEqual(one.read(), other.read())
 
     @unittest.skipUnless(shutil.which("pkg-config"), "no pkg-config")
     def test_pkg_config_finds_it(self):

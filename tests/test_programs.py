@@ -21,6 +21,7 @@ import unittest
 SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAMS = os.environ.get("LLAMA3_PROGRAMS", os.path.join(SOURCE, "build"))
 DEMO = os.path.join(SOURCE, "examples", "demo", "demo.l3")
+DATA = os.environ.get("LLAMA3_TEST_DATA", os.path.join(PROGRAMS, "data"))
 ALL = ("chat", "generate", "tokenize", "perplexity", "bench", "inspect")
 # where: what is wrong (found X, expected Y). What to do.
 ERROR = re.compile(r"^[^\n]+: [^\n]+ \(found [^\n]+, expected [^\n]+\)\. [^\n]+\.\n$")
@@ -85,7 +86,7 @@ class CommandLine(unittest.TestCase):
                              ("generate", "-p", "a", "--kv", "q9"), ("generate", "-p", "a", "--kv", "q4"), ("generate", "-p", "a", "--device", "tpu"),
                              ("generate", "-p", "a", "--top-p", "2"), ("generate", "-p", "a", "--min-p", "1.5"), ("generate", "-p", "a", "-m", ""), ("generate", "-p", "a", "-t", "100000"), ("generate", "--tokens", "1,-2"),
                              ("generate", "--tokens", "1,,2"), ("generate", "--tokens", ""),
-                             ("chat", "--chat-style", "alpaca"), ("bench", "-t", "1,x"), ("bench", "--batch", "0")):
+                             ("chat", "--chat-style", "alpaca"), ("chat", "--overflow", "shift"), ("bench", "-t", "1,x"), ("bench", "--batch", "0")):
             self.assertIn(json.dumps(flags[-1]), self.wrong(name, *flags))
 
     def test_flags_that_contradict_each_other_are_refused(self):
@@ -295,6 +296,12 @@ class Inspect(unittest.TestCase):
         self.assertRegex(errors, ERROR)
 
 
+def log_softmax(row):
+    top = max(row)
+    total = top + math.log(sum(math.exp(x - top) for x in row))
+    return [x - total for x in row]
+
+
 class Perplexity(unittest.TestCase):
     def test_it_is_the_mean_over_the_second_halves_of_the_windows(self):
         """Computed again from the logits that generate writes."""
@@ -320,6 +327,63 @@ class Perplexity(unittest.TestCase):
         self.assertEqual((found["tokens"], found["windows"], found["scored"]), (len(ids), len(windows), count))
         self.assertAlmostEqual(found["nll"], total / count, places=4)
         self.assertAlmostEqual(found["perplexity"], math.exp(found["nll"]), places=6)
+
+    def test_the_divergence_from_a_base_is_that_of_the_two_models_logits(self):
+        """Computed again from the logits that generate writes."""
+        text = ("Once upon a time there was a fox. " * 12).encode()
+        with tempfile.TemporaryDirectory() as folder:
+            path, npy = os.path.join(folder, "text.txt"), os.path.join(folder, "logits.npy")
+            with open(path, "wb") as file:
+                file.write(text)
+            same = json.loads(output("perplexity", "-f", path, "-c", "40", "--json", "--kl-base", DEMO))
+            self.assertEqual((same["kl"], same["same_top1"], same["base_nll"]), (0, 1, same["nll"]))
+            alone = json.loads(output("perplexity", "-f", path, "-c", "40", "--json"))
+            self.assertEqual({key: same[key] for key in alone}, alone)
+
+            # The base: the demo model with one norm smaller, which is enough for other words here and there.
+            tensors = json.loads(output("inspect", DEMO, "--json"))["tensors"]
+            norm = next(t for t in tensors if t["name"] == "layers.1.ffn_norm")
+            with open(DEMO, "rb") as file:
+                data = bytearray(file.read())
+            part = slice(norm["offset"], norm["offset"] + norm["bytes"])
+            count = norm["bytes"] // 4
+            data[part] = struct.pack(f"<{count}f", *(x / 4 for x in struct.unpack(f"<{count}f", data[part])))
+            base = os.path.join(folder, "base.l3")
+            with open(base, "wb") as file:
+                file.write(data)
+            found = json.loads(output("perplexity", "-f", path, "-c", "40", "--json", "--kl-base", base))
+            begin = json.loads(output("inspect", DEMO, "--json"))["configuration"]["begin_token"]
+            ids = [begin] + [int(i) for i in output("tokenize", input=text).split()]
+            total = base_nll = same_top = count = 0
+            for window in [[begin] + ids[i + 1:i + 40] for i in range(0, len(ids) - 39, 40)]:
+                rows = []
+                for model in (base, DEMO):
+                    output("generate", "-m", model, "--tokens", ",".join(map(str, window)), "-n", "0", "-c", "40", "--logits", npy)
+                    (_, columns), data = read_npy(npy)
+                    rows.append([struct.unpack(f"<{columns}f", row) for row in data])
+                for position in range(20, 39):
+                    p, q = (log_softmax(each[position]) for each in rows)
+                    total += sum(math.exp(a) * (a - b) for a, b in zip(p, q))
+                    base_nll -= p[window[position + 1]]
+                    same_top += p.index(max(p)) == q.index(max(q))
+                    count += 1
+        self.assertEqual((found["scored"], found["same_top1"]), (count, same_top / count))
+        self.assertTrue(0 < found["same_top1"] < 1)
+        self.assertGreater(found["kl"], 0.01)
+        self.assertAlmostEqual(found["kl"], total / count, places=5)
+        self.assertAlmostEqual(found["base_nll"], base_nll / count, places=4)
+        self.assertAlmostEqual(found["base_perplexity"], math.exp(found["base_nll"]), places=6)
+
+    @unittest.skipUnless(os.path.isdir(DATA), "no golden checkpoints")
+    def test_a_base_with_another_vocabulary_is_refused(self):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"Hello " * 100)
+            file.flush()
+            other = sorted(name for name in os.listdir(DATA) if name.endswith(".l3"))[0]
+            status, out, errors = run("perplexity", "-f", file.name, "-c", "32", "--kl-base", os.path.join(DATA, other))
+        self.assertEqual((status, out), (1, b""))
+        self.assertRegex(errors, ERROR)
+        self.assertIn(other, errors)
 
     def test_a_text_shorter_than_a_window_is_refused(self):
         with tempfile.NamedTemporaryFile() as file:
@@ -351,7 +415,7 @@ class Bench(unittest.TestCase):
 
 
 class Terminal:
-    """A program on a terminal of its own; its standard output goes to a pipe."""
+    """A program (or a path) on a terminal of its own; its standard output goes to a pipe."""
 
     def __init__(self, name, *flags):
         self.master, slave = pty.openpty()
@@ -376,11 +440,13 @@ class Terminal:
                 raise AssertionError(f"no {text!r} in {self.screen!r}")
             if select.select([self.master], [], [], 0.1)[0]:
                 self.screen += os.read(self.master, 4096)
-        self.screen = self.screen.split(text, 1)[1]
+        before, self.screen = self.screen.split(text, 1)
+        return before
 
     def wait_for_prompt(self):
-        self.wait_for(b"> ")
+        before = self.wait_for(b"> ")
         time.sleep(0.5)  # it is shown just before the terminal is set up for editing
+        return before
 
     def end(self):
         deadline = time.time() + 60
@@ -395,11 +461,54 @@ class Terminal:
         return self.process.returncode, out
 
 
-class Chat(unittest.TestCase):
+class OnTerminal(unittest.TestCase):
     def terminal(self, *command):
         terminal = Terminal(*command)
         self.addCleanup(terminal.process.kill)
         return terminal
+
+    def terminal_with_a_stopped_answer(self, *command):
+        """A terminal that waits at its prompt again, after the question and what was said of its answer before Ctrl-C."""
+        question = "Tell me a long story."
+        for _ in range(5):  # the answer may be complete before Ctrl-C arrives
+            terminal = self.terminal(*command, "--temp", "0", "-t", "1")
+            terminal.wait_for_prompt()
+            terminal.type(question.encode() + b"\n")
+            stdout = terminal.process.stdout.fileno()
+            answer = os.read(stdout, 1)  # the answer has begun
+            terminal.type(b"\x03")
+            try:
+                terminal.wait_for(b"the answer was stopped", 5)
+            except AssertionError:
+                continue
+            while not answer.endswith(b"\n"):
+                answer += os.read(stdout, 4096)
+            terminal.wait_for_prompt()
+            return terminal, question, answer[:-1].decode()
+        self.fail("no answer was stopped")
+
+
+def rendered(*contents):
+    """The ids of a conversation in the llama3 format, of the user and the assistant in turn, made here from the parts."""
+    special = {name: int(output("tokenize", "--special", input=f"<|{name}|>".encode()))
+               for name in ("begin_of_text", "start_header_id", "end_header_id", "eot_id")}
+    parts = ["user", "assistant", "\n\n", *map(str.strip, contents)]
+    user, assistant, newlines, *texts = (
+        [int(i) for i in line.split()]
+        for line in output("tokenize", "-0", input="".join(part + "\0" for part in parts).encode()).splitlines())
+    ids = [special["begin_of_text"]]
+    for i, text in enumerate([*texts, None]):
+        ids += [special["start_header_id"], *(assistant if i % 2 else user), special["end_header_id"], *newlines]
+        ids += [] if text is None else [*text, special["eot_id"]]
+    return ids
+
+
+def answer_to(*contents):
+    """What the model says next, most likely tokens only, computed by generate from ids that were put together here."""
+    return output("generate", "--tokens", ",".join(map(str, rendered(*contents))), "--temp", "0").decode()
+
+
+class Chat(OnTerminal):
 
     def test_turns_come_from_a_pipe_one_per_line(self):
         two = output("chat", "-n", "20", input=b"Hello\nTell me a story.\n")
@@ -437,27 +546,55 @@ class Chat(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertRegex(errors, ERROR)
 
+    def test_what_happens_in_a_full_context_is_chosen(self):
+        turns = b"Tell me a story about a fox and a frog.\n" * 8
+        flags = ("chat", "-c", "128", "-n", "24", "--temp", "0", "--overflow")
+        self.assertEqual(run(*flags, "restart", input=turns), run(*flags[:-1], input=turns))
+        status, out, errors = run(*flags, "error", input=turns)
+        self.assertEqual(status, 1)
+        self.assertNotIn("forgotten", errors)
+        self.assertRegex(errors.splitlines(True)[-1], ERROR)
+        self.assertIn("at most 127", errors)
+        self.assertIn(out.count(b"\n"), range(2, 7))  # the turns before it were answered
+        terminal = self.terminal(*flags, "error")
+        for _ in range(8):  # on a terminal the program goes on, and /clear makes room
+            if b"does not fit" in terminal.wait_for_prompt():
+                break
+            terminal.type(b"Tell me a story about a fox and a frog.\n")
+        else:
+            self.fail("everything fitted")
+        terminal.type(b"/clear\n")
+        terminal.wait_for(b"A new conversation.")
+        terminal.wait_for_prompt()
+        terminal.type(b"Hello\n/quit\n")
+        status, out = terminal.end()
+        self.assertEqual(status, 0)
+        self.assertTrue(out.splitlines()[-1])
+
+    def test_answers_are_those_of_the_whole_conversation_rendered_anew(self):
+        turns = ("Hello", "Tell me a story about a fox.", "who was it about?")
+        found, said = output("chat", "--temp", "0", input="\n".join(turns).encode()).decode(), []
+        for turn in turns:
+            said += [turn, answer_to(*said, turn)]
+        self.assertEqual(found, "".join(said[1::2]))
+
     def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(self):
-        for _ in range(5):  # the answer may be complete before Ctrl-C arrives
-            terminal = self.terminal("chat", "--temp", "0", "-t", "1")
-            terminal.wait_for_prompt()
-            terminal.type(b"Tell me a long story.\n")
-            os.read(terminal.process.stdout.fileno(), 1)  # the answer has begun
-            terminal.type(b"\x03")
-            try:
-                terminal.wait_for(b"the answer was stopped", 5)
-            except AssertionError:
-                continue
-            terminal.wait_for_prompt()
-            terminal.type(b"/clear\n")
-            terminal.wait_for(b"A new conversation.")
-            terminal.wait_for_prompt()
-            terminal.type(b"Hello\n/quit\n")
-            status, out = terminal.end()
-            self.assertEqual(status, 0)
-            self.assertGreaterEqual(out.count(b"\n"), 2)
-            return
-        self.fail("no answer was stopped")
+        terminal, question, answer = self.terminal_with_a_stopped_answer("chat")
+        self.assertNotEqual(answer, "")
+        self.assertTrue(answer_to(question).startswith(answer))
+        terminal.type(b"who was it about?\n")
+        terminal.wait_for_prompt()
+        terminal.type(b"/clear\n")
+        terminal.wait_for(b"A new conversation.")
+        terminal.wait_for_prompt()
+        terminal.type(b"who was it about?\n")
+        terminal.wait_for_prompt()
+        terminal.type(b"\x04")
+        status, out = terminal.end()
+        self.assertEqual(status, 0)
+        kept, new = answer_to(question, answer, "who was it about?"), answer_to("who was it about?")
+        self.assertNotEqual(kept, new)  # or this test would see nothing
+        self.assertEqual(out.decode(), kept + new)
 
     def test_ctrl_d_ends(self):
         terminal = self.terminal("chat")
@@ -506,12 +643,28 @@ class Readme(unittest.TestCase):
             self.assertEqual(done.returncode, 1)
             self.assertIn(b"no/such.l3", done.stderr)
 
+    def test_hello_is_built_with_the_other_programs(self):
+        done = subprocess.run([os.path.join(PROGRAMS, "hello")], cwd=SOURCE, capture_output=True, timeout=60)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(done.stdout, output("chat", "-m", DEMO, "-p", "Tell me a story."))
 
-class Quickstart(unittest.TestCase):
+
+class Quickstart(OnTerminal):
+    SCRIPT = os.path.join(SOURCE, "examples", "quickstart.sh")
+
     def test_it_builds_chat_and_answers_a_pipe(self):
-        done = subprocess.run(["sh", os.path.join(SOURCE, "examples", "quickstart.sh")], input=b"Hello\n", capture_output=True, timeout=300)
+        done = subprocess.run(["sh", self.SCRIPT], input=b"Hello\n", capture_output=True, timeout=300)
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         self.assertGreater(len(done.stdout.strip()), 0)
+
+    def test_on_a_terminal_it_answers_ctrl_c_stops_an_answer_and_ctrl_d_ends(self):
+        subprocess.run(["sh", self.SCRIPT, "--help"], capture_output=True, check=True, timeout=300)  # builds chat
+        terminal, _, _ = self.terminal_with_a_stopped_answer(shutil.which("sh"), self.SCRIPT)
+        terminal.type(b"Hello\n")
+        self.assertTrue(os.read(terminal.process.stdout.fileno(), 1))
+        terminal.wait_for_prompt()
+        terminal.type(b"\x04")
+        self.assertEqual(terminal.end()[0], 0)
 
 
 if __name__ == "__main__":

@@ -250,11 +250,11 @@ def train(args):
                   f"loss {mean:.4f}  held out {held_out(now, table, test[:6]):.4f}{' (4 bits)' if quantising else ''}", flush=True)
     print(f"{step} steps, {tokens / 1e6:.2f} M tokens, {(clock() - start) / 60:.1f} minutes of processor time per thread")
     with torch.no_grad():
-        final = {name: quantised(name, w) for name, w in weights.items()}
+        final, trained = {name: quantised(name, w) for name, w in weights.items()}, {name: w.detach() for name, w in weights.items()}
         for name, w in final.items(): assert torch.equal(quantised(name, w), w), name          # encoding again loses nothing
         print(f"held-out loss, float32 arithmetic: weights as trained {held_out(weights, table, test, torch.float32):.4f}, "
               f"as stored (q4, table q8) {held_out(final, table, test, torch.float32):.4f}; bfloat16 arithmetic as stored {held_out(final, table, test):.4f}")
-    return tokenizer, final
+    return tokenizer, trained if args.unrounded else final
 
 # ── The checkpoint: an ordinary Hugging Face folder ──────────────────────────────────────────────────────────────
 
@@ -265,7 +265,7 @@ def save(folder, tokenizer, weights):
     os.makedirs(os.path.join(folder, "original"), exist_ok=True)
     def write(name, data):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f: json.dump(data, f, indent=2, ensure_ascii=False)
-    # float32, because d * n is exact there: the converter finds the very same blocks again.
+    # float32, because d * n is exact there: the converter finds the very same blocks again (unless these are --unrounded).
     save_file({name: w.contiguous() for name, w in weights.items()}, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
     write("config.json", CONFIG)
@@ -307,6 +307,7 @@ def main():
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--qat-from", type=float, default=0.6, help="share of the time after which the weights are quantised in training")
+    parser.add_argument("--unrounded", action="store_true", help="save the weights as trained, not as the model file will store them: to measure what storing costs")
     parser.add_argument("--resume", metavar="FOLDER", help="go on from this checkpoint instead of starting anew (take another --seed, for new chats)")
     parser.add_argument("--compile", action="store_true", help="fuse the small operations with torch.compile (needs a C++ compiler; about a fifth faster)")
     parser.add_argument("--sample", type=int, metavar="N", help="print N chats of the corpus and stop")

@@ -547,6 +547,21 @@ def k_quant_blocks(seed, name, shape, kind):
     return raw.reshape(shape[0], -1)
 
 
+def dequantised(model, kind):
+    """The weights through gguf's Q8_0 or Q4_0: blocks of 32 along the inputs, the last one filled up with zeros."""
+    import gguf
+    kinds = gguf.GGMLQuantizationType
+
+    def through(name, a):
+        if a.ndim == 1:
+            return a
+        outer = name in ("tok_embeddings.weight", "output.weight")
+        as_type = kinds.Q8_0 if kind == "q8" or outer else kinds.Q4_0
+        padded = np.pad(a, ((0, 0), (0, -a.shape[1] % 32)))
+        return gguf.quants.dequantize(gguf.quants.quantize(padded, as_type), as_type)[:, : a.shape[1]]
+    return {name: through(name, a) for name, a in weights(model).items()}
+
+
 def write_gguf(path, model, type="bf16", split_tensors=0, names=None, tensors=None):
     """type: f32, f16, bf16, q8_0, q4_0 (embedding and output q8_0), q4_k (embedding and output q6_k; see k_quant_blocks).
     split_tensors: that many tensors per file, named PATH-00001-of-0000N.gguf. Quantised types need columns that are

@@ -63,18 +63,6 @@ def error(found, reference):
     return float(f"{np.abs(found - reference).max() / np.abs(reference).max():.3g}")
 
 
-def dequantised(model, kind):
-    """The weights through gguf's Q8_0 or Q4_0: blocks of 32 along the inputs, the last one filled up with zeros."""
-    def through(name, a):
-        if a.ndim == 1:
-            return a
-        outer = name in ("tok_embeddings.weight", "output.weight")
-        as_type = gguf.GGMLQuantizationType.Q8_0 if kind == "q8" or outer else gguf.GGMLQuantizationType.Q4_0
-        padded = np.pad(a, ((0, 0), (0, -a.shape[1] % 32)))
-        return gguf.quants.dequantize(gguf.quants.quantize(padded, as_type), as_type)[:, : a.shape[1]]
-    return {name: through(name, a) for name, a in weights(model).items()}
-
-
 def with_inputs(lm, change, *arguments):
     """Logits with `change` applied to the input of every matrix product."""
     hooks = [m.register_forward_pre_hook(lambda _, x: (change(x[0]),)) for m in lm.modules() if isinstance(m, torch.nn.Linear)]
@@ -175,7 +163,7 @@ def golden(model):
     entry["logits"]["bf16"] = entry["logits"]["f32"] | {"tolerance": TOLERANCE["bf16"]}
     entry["noise"]["bf16_activations"] = error(with_inputs(lm, to_bf16, tokens, rows), reference)
     for kind in ("q8", "q4") if model.name in QUANTISED else ():
-        lm = load(model, tensors=dequantised(model, kind))
+        lm = load(model, tensors=checkpoints.dequantised(model, kind))
         found = logits(lm, tokens, rows)
         entry["logits"][kind] = {"file": save(f"{model.name}.{kind}.logits.npy", found), "tolerance": TOLERANCE[kind],
                                  "max_logit": float(np.abs(found).max())}

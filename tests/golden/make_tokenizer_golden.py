@@ -7,6 +7,7 @@
     make_tokenizer_golden.py --write TOKENIZER.model       writes tokenizer_demo.strings (inputs, each ended by a NUL byte) and
                                                            tokenizer_demo.ids (a line of ids per input) beside this file, so
                                                            that `tokenize -0 < tokenizer_demo.strings` prints tokenizer_demo.ids
+    make_tokenizer_golden.py --chat TOKENIZER.model        writes chat_demo.tsv: the sequences of chat.tsv with these ranks
     make_tokenizer_golden.py --unicode-tables [FILE]       probes tiktoken's regular expressions: the table of llama3.hpp
     make_tokenizer_golden.py --list                        how many strings of which kind there are
 
@@ -391,6 +392,43 @@ def write(path):
     print(f"{len(chosen)} strings, sha256 of {path}: {sha256(path)}")
 
 
+def chat(path, published_path):
+    """The published sequences in another vocabulary: their texts between special tokens are decoded with the published ranks and
+    encoded with these; special tokens keep their distance from begin-of-text. Meta's code encodes the newlines after a header
+    by themselves, the templates of Hugging Face encode them together with the content."""
+    if not published_path or sha256(published_path) != PUBLISHED:
+        sys.exit("--chat needs Meta's tokenizer.model (--tokenizer or LLAMA3_TOKENIZER_MODEL)")
+    published, tokens = read_tokens(published_path), read_tokens(path)
+    theirs, ours, end_header = encoding(published), encoding(tokens), len(published) + 7
+    with open(f"{HERE}/chat.tsv", encoding="utf-8") as f:
+        rows = [line.rstrip("\n").split("\t") for line in f]
+    lines = []
+    for row in rows:
+        if row[0] == "case":
+            name, style = row[1], row[3]
+        if row[0] != "ids":
+            continue
+        ids, before, run = [], None, []
+        for id in [*map(int, row[3].split()), None]:    # None: the end
+            if id is not None and id < len(published):
+                run.append(id)
+                continue
+            text, parts = theirs.decode_bytes(run).decode(), []
+            if style == "reference" and before == end_header:
+                assert text.startswith("\n\n"), name
+                parts.append("\n\n")
+            for part in [*parts, text[2 * len(parts):]]:
+                ids += ours.encode_ordinary(part)
+            if id is not None:
+                ids.append(id - len(published) + len(tokens))
+            before, run = id, []
+        lines.append(f"{name}\t{' '.join(map(str, ids))}\n")
+    with open(f"{HERE}/chat_demo.tsv", "w", newline="\n") as f:
+        f.write("# The cases of chat.tsv with the demo model's vocabulary: name, ids. Made by make_tokenizer_golden.py --chat.\n")
+        f.writelines(lines)
+    print(f"{len(lines)} chats, sha256 of {path}: {sha256(path)}")
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()
@@ -401,9 +439,10 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", nargs=2, metavar=("TOKENIZE", "MODEL.l3"))
     what.add_argument("--write", metavar="TOKENIZER.model")
+    what.add_argument("--chat", metavar="TOKENIZER.model")
     what.add_argument("--unicode-tables", nargs="?", const="-", metavar="FILE")
     what.add_argument("--list", action="store_true")
-    parser.add_argument("--tokenizer", default=os.environ.get("LLAMA3_TOKENIZER_MODEL"), help="tokenizer.model for --check, --list")
+    parser.add_argument("--tokenizer", default=os.environ.get("LLAMA3_TOKENIZER_MODEL"), help="tokenizer.model for --check, --chat, --list")
     arguments = parser.parse_args()
     if tiktoken.__version__ != TIKTOKEN:
         sys.exit(f"tiktoken: wrong version (found {tiktoken.__version__}, expected {TIKTOKEN}). pip install tiktoken=={TIKTOKEN}")
@@ -411,6 +450,8 @@ def main():
         check(*arguments.check, arguments.tokenizer)
     elif arguments.write:
         write(arguments.write)
+    elif arguments.chat:
+        chat(arguments.chat, arguments.tokenizer)
     elif arguments.unicode_tables == "-":
         unicode_tables(sys.stdout)
     elif arguments.unicode_tables:
