@@ -1353,7 +1353,10 @@ struct Tokenizer::Impl {
     std::shared_ptr<const void> owner;  // of the memory behind the views
 
     int rank_count() const { return static_cast<int>(starts.size()) - 1; }
-    std::string_view token(std::size_t rank) const { return rank_bytes.substr(starts[rank], starts[rank + 1] - starts[rank]); }
+    std::string_view token(std::size_t rank) const {  // a file that is written while it is mapped may have any starts by now
+        const std::size_t begin = std::min<std::size_t>(starts[rank], rank_bytes.size());
+        return rank_bytes.substr(begin, starts[rank + 1] - begin);
+    }
 
     std::uint32_t rank(std::string_view piece) const {
         if (piece.size() > longest) return detail::no_rank;
