@@ -227,7 +227,8 @@ struct Options {
     std::string isa{};                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
-// One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together.
+// One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together. A callback may read and
+// cancel its session, but not replace or destroy it.
 class Session {
 public:
     explicit Session(Model model, const Options& options = {});
