@@ -127,6 +127,13 @@ class Install(Folder):
             # strace would be needed to see which one was opened; that the installed one is first is in the program's text
             self.assertEqual(subprocess.run([program, "-p", "a", "-n", "1"], capture_output=True, cwd="/").returncode, 0)
 
+    def test_plain_gpp_finds_it_under_the_prefix(self):
+        path = self.write("user.cpp", self.USER)
+        done = subprocess.run(["g++", "-std=c++20", "-O0", "-isystem", os.path.join(self.prefix, "include"), path, "-pthread", "-o", "user"],
+                              cwd=self.folder, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(subprocess.run(["./user"], cwd=self.folder).returncode, 0)
+
     @unittest.skipUnless(shutil.which("pkg-config"), "no pkg-config")
     def test_pkg_config_finds_it(self):
         env = dict(os.environ, PKG_CONFIG_PATH=os.path.join(self.prefix, "share", "pkgconfig"), PKG_CONFIG_SYSROOT_DIR=self.folder)

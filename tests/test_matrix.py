@@ -91,6 +91,7 @@ class Folder(unittest.TestCase):
         self.write("bits.cpp", bits[:-1] + "    return 0;\n}\n")
         self.write("other.cpp", OTHER)
         self.write("user.cpp", USER)
+        self.write("macros.h", MACROS)
 
     def write(self, name, text):
         with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
