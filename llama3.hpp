@@ -219,13 +219,13 @@ std::shared_ptr<Device> cpu();                                     // this machi
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh: not in this version yet
 
 struct Options {
-    std::shared_ptr<Device> device;  // nullptr: cpu()
-    int context = 0;                 // positions in the cache; 0: the model's, at most 8192
-    Format kv = Format::bf16;        // format of the cache: f32, bf16 or q8
-    int threads = 0;                 // CPU threads; 0: as many as the machine gives this process
-    int ranks = 1;                   // devices that share each matrix (§13)
-    int chunk = 512;                 // tokens per step of a long prompt
-    std::string isa;                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
+    std::shared_ptr<Device> device{};  // nullptr: cpu()
+    int context = 0;                   // positions in the cache; 0: the model's, at most 8192
+    Format kv = Format::bf16;          // format of the cache: f32, bf16 or q8
+    int threads = 0;                   // CPU threads; 0: as many as the machine gives this process
+    int ranks = 1;                     // devices that share each matrix (§13)
+    int chunk = 512;                   // tokens per step of a long prompt
+    std::string isa{};                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
 // Seconds spent in each stage (§3), indexed by Stage.
@@ -233,7 +233,8 @@ enum class Stage { embed, project_qkv, attend, project_out, gate_up, down, logit
 constexpr const char* stage_names[] = {"embed", "project_qkv", "attend", "project_out", "gate_up", "down", "logits"};
 using StageTimes = std::array<double, 7>;
 
-// One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together.
+// One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together. A callback may read and
+// cancel its session, but not replace or destroy it.
 class Session {
 public:
     explicit Session(Model model, const Options& options = {});
@@ -315,18 +316,18 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
 enum class ChatFormat : std::uint32_t { none = 0, llama3 = 1, llama3_1 = 2, llama3_2 = 3 };
 
 struct Message {
-    std::string role;     // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython); letters, digits, _ - .
-    std::string content;  // white space at its ends is dropped in hf style and in the llama3 format, as in their originals;
-                          // in hf style a tool's result becomes a JSON string
+    std::string role{};     // "system", "user", "assistant", "ipython" ("tool" is rendered as ipython); letters, digits, _ - .
+    std::string content{};  // white space at its ends is dropped in hf style and in the llama3 format, as in their originals;
+                            // in hf style a tool's result becomes a JSON string
     bool python_tag = false;      // assistant: starts with <|python_tag|>, a call of a built-in tool or of the interpreter
     bool end_of_message = false;  // ends with <|eom_id|>: waits for a tool's result; else <|eot_id|>
 };
 
 struct ChatStyle {
     enum class Kind { reference, hf } kind = Kind::reference;  // Meta's code, or the templates of the Hugging Face releases
-    std::string date;                                          // hf: "26 Jul 2024" unless given
-    std::vector<std::string>
-        tools;  // hf: JSON of each tool exactly as it shall appear (indented by 4), shown in the first user message
+    std::string date{};                                        // hf: "26 Jul 2024" unless given
+    // hf: JSON of each tool exactly as it shall appear (indented by 4), shown in the first user message
+    std::vector<std::string> tools{};
 };
 // Token ids of a conversation, begin-of-text in front, ending with the header of the assistant's answer if `answer`. Roles and
 // contents are ordinary text: nothing in them becomes a special token. Throws Error for a model without a chat format.
@@ -334,8 +335,8 @@ std::vector<int> render_chat(const Model& model, std::span<const Message> messag
                              bool answer = true);
 
 struct ChatOptions {
-    std::string system;  // system message; empty: none
-    ChatStyle style;
+    std::string system{};  // system message; empty: none
+    ChatStyle style{};
     int max_tokens = -1;  // per answer; -1: no limit but the context
     enum class Overflow {
         error,
@@ -394,7 +395,7 @@ struct Config {
     int attention_out_segments = 1;
     int down_segments = 1;
     int begin_token = 0;
-    std::vector<int> end_tokens;  // at most 8
+    std::vector<int> end_tokens{};  // at most 8
 };
 
 // Formats: X(name, columns per unit, bytes per unit of a panel). See convert/FORMAT.md, section 5.
@@ -1365,7 +1366,10 @@ struct Tokenizer::Impl {
     std::shared_ptr<const void> owner;  // of the memory behind the views
 
     int rank_count() const { return static_cast<int>(starts.size()) - 1; }
-    std::string_view token(std::size_t rank) const { return rank_bytes.substr(starts[rank], starts[rank + 1] - starts[rank]); }
+    std::string_view token(std::size_t rank) const {  // a file that is written while it is mapped may have any starts by now
+        const std::size_t begin = std::min<std::size_t>(starts[rank], rank_bytes.size());
+        return rank_bytes.substr(begin, starts[rank + 1] - begin);
+    }
 
     std::uint32_t rank(std::string_view piece) const {
         if (piece.size() > longest) return detail::no_rank;
@@ -4639,9 +4643,10 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
 
         const auto word = [&](std::size_t offset) { return load_as<std::uint32_t>(entry + offset); };
         const auto number = [&](std::size_t offset) { return load_as<std::uint64_t>(entry + offset); };
-        if (word(40) > (t.dimensions == 1 ? 0u : 3u))
-            check.bad(tensor + " has a wrong format", word(40), t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
-        t.format = static_cast<Format>(word(40)), t.offset = number(64), t.bytes = number(72), t.checksum = number(80);
+        const std::uint32_t format = word(40);  // read once: the file may change meanwhile
+        if (format > (t.dimensions == 1 ? 0u : 3u))
+            check.bad(tensor + " has a wrong format", format, t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
+        t.format = static_cast<Format>(format), t.offset = number(64), t.bytes = number(72), t.checksum = number(80);
         check.equal(tensor, "has a wrong number of dimensions", word(44), static_cast<std::uint32_t>(t.dimensions));
         check.equal(tensor, "has a wrong number of rows", number(48), static_cast<std::uint64_t>(t.rows));
         check.equal(tensor, "has a wrong number of columns", number(56), static_cast<std::uint64_t>(t.columns));

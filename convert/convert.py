@@ -613,6 +613,8 @@ class Tokenizer:
         need(different == count, "a token is empty or occurs twice", f"{different} different tokens", count)
         lost = {bytes([b]) for b in range(256)}.difference(self.ranks)
         need(not lost, "some of the 256 bytes are no tokens", f"{256 - len(lost)} without {min(lost, default=b'').hex()}", 256)
+        need(all(name.isprintable() for name in self.ids), "a special token has a name that cannot be shown",
+             next((repr(name)[:80] for name in self.ids if not name.isprintable()), ""), "printable characters")
         need(len(set(self.ids) - {""}) == len(self.specials), "a special token has no name, or that of another",
              f"{len(set(self.ids) - {''})} names", len(self.specials))
         need(count <= vocabulary, "there are more tokens than the vocabulary has", count, f"at most {vocabulary}")
@@ -671,8 +673,23 @@ def read_tiktoken(path: Path) -> list:
     return ranks
 
 
+@contextlib.contextmanager
+def shaped(where: object, what: str) -> Iterator[None]:
+    """While a document is taken apart: a value of another kind than the code expects is the document's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise Fail(where, f"this is no {what}", f"{type(error).__name__}: {error}", "the fields of one, each of its kind",
+                   AGAIN) from None
+
+
 def read_tokenizer_json(path: Path) -> Tokenizer:
     """Hugging Face's tokenizer.json; whatever in it changes how text is cut must be as the runtime does it."""
+    with shaped(path, "tokenizer.json"):
+        return tokenizer_of_json(path)
+
+
+def tokenizer_of_json(path: Path) -> Tokenizer:
     doc = Keys.of_json(path)
     model, split = Keys(path, doc("model", dict)), doc("pre_tokenizer", dict)
     doc.expect("normalizer", None)
@@ -684,6 +701,8 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
     if found != PRE_TOKENIZER:
         raise Fail(path, "the pre-tokenizer is not that of Llama 3", json.dumps(found), json.dumps(PRE_TOKENIZER), ONLY)
     added = {entry["id"]: entry["content"] for entry in doc("added_tokens", list)}
+    if not all(type(number) is int and type(name) is str for number, name in added.items()):
+        raise ValueError("an added token has no number or no name")
     vocabulary = {number: token for token, number in model("vocab", dict).items() if number not in added}
     if sorted(vocabulary) != list(range(len(vocabulary))):
         raise Fail(path, "the ids of the vocabulary have gaps", f"{len(vocabulary)} ids up to {max(vocabulary)}",
@@ -945,7 +964,7 @@ class PthReader(pickle._Unpickler):
             super().__init__(io.BytesIO(archive.read(pickles[0])), encoding="utf-8")
             if f"{self.top}byteorder" in self.members and archive.read(f"{self.top}byteorder") != b"little":
                 raise zipfile.BadZipFile("it is big-endian")
-        except (zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        except Exception as error:    # zipfile says so in many ways
             raise Fail(path, "this is not a whole file of torch.save", error, "a zip archive with data.pkl",
                        AGAIN) from None
 
@@ -1126,6 +1145,8 @@ def read_safetensors(path: Path) -> dict:
                    for name, entry in header.items() if name != "__metadata__"]
         if any(type(n) is not int or n < 0 for begin, end, _, _, shape in entries for n in (begin, end, *shape)):
             raise ValueError("a count is not a whole number")
+        if any(type(dtype) is not str for *_, dtype, _ in entries):
+            raise ValueError("a dtype is no text")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise lie("no list of tensors", f"{type(error).__name__}: {error}", "dtype, shape and data_offsets of each") from None
     start, position, tensors = 8 + length, 0, {}
@@ -1254,8 +1275,9 @@ class HuggingFaceFolder(Source):
             return read_tokenizer_json(path).check(path, vocabulary)
         config = self.path / "tokenizer_config.json"
         added = self.json(config)("added_tokens_decoder", dict, {}) if config.exists() else {}
-        tokenizer = Tokenizer(read_tiktoken(path), {int(number): Keys(config, entry)("content", str)
-                                                    for number, entry in added.items()}) if added else \
+        with shaped(config, "tokenizer_config.json"):
+            specials = {int(number): Keys(config, entry)("content", str) for number, entry in added.items()}
+        tokenizer = Tokenizer(read_tiktoken(path), specials) if specials else \
             self.meta_tokenizer(path, is_scaled, vocabulary)
         return tokenizer.check(path, vocabulary)
 

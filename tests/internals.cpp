@@ -11,3 +11,4 @@
 #include "test_12_cpu_backend.inl"
 #include "test_14_model_files.inl"
 #include "test_15_platform.inl"
+#include "test_fuzz_corpus.inl"

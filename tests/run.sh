@@ -1,6 +1,8 @@
 #!/bin/sh
 # Runs the tests: sh tests/run.sh           everyday, at most 12 minutes on 2 cores
 #                 sh tests/run.sh --all     and under sanitizers, with every instruction set, fuzzing; at most 45 minutes
+#                 sh tests/run.sh --fuzz N  only the fuzzing, N seconds for each target
+#                 sh tests/run.sh --soak N  only the long run of chats and sessions, N seconds
 # Installs what they need (Debian, Ubuntu), builds in build/, prints a line per check and at the end the number of test cases that
 # passed and failed. LLAMA3_TOKENIZER_MODEL names the real tokenizer.model of Llama 3 for the check that needs it.
 set -u
@@ -8,11 +10,18 @@ cd "$(dirname "$0")/.."
 root=$PWD
 
 all=no
+only=
+seconds=20
 case "${1-}" in
     "") ;;
     --all) all=yes ;;
-    -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;;
-    *) echo "$1: no such flag (found $1, expected --all). See sh tests/run.sh --help." >&2; exit 2 ;;
+    --fuzz | --soak)
+        all=yes only=${1#--} seconds=${2-}
+        case "$seconds" in
+            "" | *[!0-9]*) echo "$1: the seconds are no number (found '$seconds', expected one). See sh tests/run.sh --help." >&2; exit 2 ;;
+        esac ;;
+    -h | --help) sed -n '2,7s/^# //p' "$0"; exit 0 ;;
+    *) echo "$1: no such flag (found $1, expected --all, --fuzz or --soak). See sh tests/run.sh --help." >&2; exit 2 ;;
 esac
 
 # ── What is needed ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -34,6 +43,12 @@ missing() {
     command -v clang++ >/dev/null 2>&1 || printf ' clang'
     compiles 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' \
         clang++ -fsanitize=fuzzer,address,undefined || printf ' libclang-rt-dev'
+    [ -n "$only" ] && return
+    compiles '#include <omp.h>' clang++ -fopenmp -c || printf ' libomp-dev'
+    command -v aarch64-linux-gnu-g++ >/dev/null 2>&1 || printf ' g++-aarch64-linux-gnu'
+    command -v qemu-aarch64 >/dev/null 2>&1 || printf ' qemu-user'
+    command -v x86_64-w64-mingw32-g++-posix >/dev/null 2>&1 || printf ' g++-mingw-w64-x86-64-posix'
+    command -v wine >/dev/null 2>&1 || printf ' wine wine64'
 }
 packages=$(missing)
 if [ -n "$packages" ]; then
@@ -117,6 +132,35 @@ finish() {
     exit
 }
 
+# Fuzzes each target for some seconds, from the committed corpus and what earlier runs found.
+fuzz() {
+    export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+    for target in tests/fuzz/fuzz_*.cpp; do
+        name=$(basename "$target" .cpp)
+        check "build, $name" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread \
+            "$target" -o "build/$name" || continue
+        mkdir -p "build/corpus/$name"
+        check "$name for $1 s" "build/$name" -max_total_time="$1" -rss_limit_mb=4096 -timeout=60 -print_final_stats=1 \
+            -artifact_prefix=build/logs/ "build/corpus/$name" "tests/fuzz/corpus/${name#fuzz_}"
+    done
+    check "fuzz_convert, planted faults" python3 tests/fuzz/fuzz_convert.py --self-test &&
+        check "fuzz_convert for $1 s" python3 tests/fuzz/fuzz_convert.py --time "$1"
+}
+
+# Old and fresh objects side by side for some seconds; a leak and a forgotten state must be seen.
+soak() {
+    check "build, soak" g++ -std=c++20 -O2 -fopenmp -I. -DLLAMA3_IMPLEMENTATION tests/soak.cpp -o build/soak || return
+    for plant in leak state; do
+        check "soak, planted $plant" sh -c "build/soak 1 --plant $plant; [ \$? = 1 ]"
+    done
+    check "soak for $1 s" build/soak "$1"
+}
+
+case "$only" in
+    fuzz) fuzz "$seconds"; finish ;;
+    soak) soak "$seconds"; finish ;;
+esac
+
 check build env CXX="${CXX:-g++}" sh -c '[ -f build/build.ninja ] || meson setup build -Dtests=enabled; ninja -C build' || finish
 check suite meson test -C build --no-rebuild
 
@@ -135,15 +179,14 @@ if [ $all = yes ]; then
         build/asan -Dtests=enabled -Dopenmp=disabled -Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1; ninja -C build/asan' &&
         check "suite, sanitizers" meson test -C build/asan --no-rebuild --no-suite builds --timeout-multiplier 5
 
-    for target in tests/fuzz/fuzz_*.cpp; do
-        name=$(basename "$target" .cpp)
-        check "build, $name" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread \
-            "$target" -o "build/$name" || continue
-        mkdir -p "build/corpus/$name"
-        seeds=tests/fuzz/corpus/${name#fuzz_}
-        [ -d "$seeds" ] || seeds=
-        check "$name for 20 s" "build/$name" -max_total_time=20 -rss_limit_mb=4096 -print_final_stats=1 \
-            -artifact_prefix=build/logs/ "build/corpus/$name" $seeds
-    done
+    # Without fault injection, which replaces what ThreadSanitizer replaces too.
+    check "build, thread sanitizer" env CXX=clang++ sh -c '[ -f build/tsan/build.ninja ] || meson setup build/tsan -Dtests=enabled \
+        -Dexamples=disabled -Dopenmp=disabled -Db_sanitize=thread -Db_lundef=false -Doptimization=1; ninja -C build/tsan' &&
+        check "core, thread sanitizer" env TSAN_OPTIONS=halt_on_error=1 meson test -C build/tsan --no-rebuild --suite core \
+            --timeout-multiplier 5
+
+    check "build matrix" python3 tests/test_matrix.py
+    fuzz "$seconds"
+    soak 60
 fi
 finish

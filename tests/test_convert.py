@@ -885,6 +885,29 @@ class BadInput(Case):
             file.write_bytes(whole)
         self.assertEqual(list(self.dir.glob("*.part")), [])
 
+    def test_a_value_of_another_kind_is_the_documents_fault(self):
+        for number, added in enumerate(([7], [{"content": "x"}], [{"id": 600, "content": 5}], [{"id": "600", "content": "x"}],
+                                        [{"id": [1], "content": "x"}], [{"id": 600, "content": "\ud800"}])):
+            path = hf(self.dir / f"t{number}")
+            edit_json(path / "tokenizer.json", added_tokens=added)
+            self.refused(path, "tokenizer.json: ")
+        path = hf(self.dir / "d")
+        data = (path / "model.safetensors").read_bytes()
+        length = struct.unpack_from("<Q", data)[0]
+        header = data[8:8 + length].replace(b'"BF16"', b'{}', 1)
+        (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length:])
+        self.refused(path, "model.safetensors: its header is wrong", "a dtype is no text")
+        path = hf(self.dir / "n", tokenizer="both")
+        (path / "tokenizer.json").unlink()
+        edit_json(path / "tokenizer_config.json", added_tokens_decoder={"x": {"content": "y"}})
+        self.refused(path, "tokenizer_config.json: this is no tokenizer_config.json")
+        path = meta(self.dir / "z")
+        data = bytearray((path / "consolidated.00.pth").read_bytes())
+        end = data.rfind(b"PK\5\6")    # the archive's directory, said to begin before the file
+        struct.pack_into("<2I", data, end + 12, len(data), 0)
+        (path / "consolidated.00.pth").write_bytes(data)
+        self.refused(path, "consolidated.00.pth: this is not a whole file of torch.save")
+
     def test_shards_that_do_not_fit_together_are_refused(self):
         a = meta(self.dir / "a", SEGMENTS8, 2)
         b = meta(self.dir / "b", dataclasses.replace(SEGMENTS8, seed=99), 2)

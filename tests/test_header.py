@@ -153,6 +153,13 @@ class Install(Folder):
                 open(os.path.join(SOURCE, "examples", "demo", "demo.l3"), "rb") as other:
             self.assertEqual(one.read(), other.read())
 
+    def test_plain_gpp_finds_it_under_the_prefix(self):
+        path = self.write("user.cpp", self.USER)
+        done = subprocess.run(["g++", "-std=c++20", "-O0", "-isystem", os.path.join(self.prefix, "include"), path, "-pthread", "-o", "user"],
+                              cwd=self.folder, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(subprocess.run(["./user"], cwd=self.folder).returncode, 0)
+
     @unittest.skipUnless(shutil.which("pkg-config"), "no pkg-config")
     def test_pkg_config_finds_it(self):
         env = dict(os.environ, PKG_CONFIG_PATH=os.path.join(self.prefix, "share", "pkgconfig"), PKG_CONFIG_SYSROOT_DIR=self.folder)

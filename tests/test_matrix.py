@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""The header in the builds of others: a matrix of compilers, standards, optimisation, OpenMP and RTTI in which every pair of two
+choices occurs, libraries with hidden symbols, other processors and systems. Each cell must give the bits of the first.
+
+    LLAMA3_PROGRAMS=build python3 tests/test_matrix.py
+
+What is not installed (clang++, the cross compilers, qemu, Wine) is named and left out; g++ must be there.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from test_symbols import offences  # noqa: E402
+
+SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]    # for users' files
+
+FACTORS = {
+    "compiler": ("g++", "clang++"),
+    "standard": ("-std=c++20", "-std=c++23"),
+    "optimisation": ("-O0", "-O2", "-O3"),
+    "threads": ("-fopenmp", "-pthread"),
+    "rtti": ("-frtti", "-fno-rtti"),
+}
+CELLS = [    # every pair of two choices of different factors is in one of them: test_every_pair_is_covered
+    ("g++", "-std=c++20", "-O2", "-fopenmp", "-frtti"),
+    ("g++", "-std=c++20", "-O3", "-pthread", "-fno-rtti"),
+    ("g++", "-std=c++23", "-O0", "-pthread", "-frtti"),
+    ("clang++", "-std=c++20", "-O0", "-fopenmp", "-fno-rtti"),
+    ("clang++", "-std=c++23", "-O2", "-pthread", "-fno-rtti"),
+    ("clang++", "-std=c++23", "-O3", "-fopenmp", "-frtti"),
+]
+
+# Windows' macros, after the standard headers that the header includes: libstdc++ takes such macros away where it meets them first.
+# Two files and the implementation make a program.
+MACROS = "".join(f"#include <{name}>\n" for name in (
+    "algorithm", "atomic", "cstddef", "cstdint", "functional", "memory", "span", "stdexcept", "string", "string_view", "utility", "vector"))
+MACROS += "#define min(a, b) (((a) < (b)) ? (a) : (b))\n#define max(a, b) (((a) > (b)) ? (a) : (b))\n"
+OTHER = MACROS + """#include "llama3.hpp"
+#if !defined(min) || !defined(max)
+#error "the header took the macros away"
+#endif
+int other_file(const llama3::Model& model) {
+    llama3::Options options{.threads = 2};
+    const llama3::ChatOptions chat{.max_tokens = 3};
+    const llama3::Sampling sampling{.temperature = 0};
+    options.context = max(16, min(32, 64));
+    llama3::Session session(model, options);
+    const int tokens[] = {1, 2, 3};
+    return static_cast<int>(session.feed(tokens).size()) + chat.max_tokens + static_cast<int>(sampling.top_k);
+}
+"""
+USER = """#include "llama3.hpp"
+#include <cstdio>
+int other_file(const llama3::Model& model);
+int bits();
+int main() {
+    llama3::Config config;
+    config.n_layers = 1, config.dim = 64, config.n_heads = 2, config.n_kv_heads = 1, config.head_dim = 32, config.ffn_dim = 64;
+    config.vocab_size = 266, config.context_length = 64;
+    if (other_file(llama3::Model::synthetic(config, llama3::Format::q8)) != 269) return 1;
+    try {
+        llama3::Model::load("/nowhere");
+        return 2;
+    } catch (const llama3::Error& error) {
+        if (error.code() != llama3::Code::file) return 3;
+    }
+    return bits();
+}
+"""
+
+
+def available(cell):
+    return shutil.which(cell[0]) is not None
+
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        with open(os.path.join(SOURCE, "tests", "bits.cpp"), encoding="utf-8") as file:
+            bits = file.read().replace("int main() {", "int bits();\nint bits() {").rstrip()
+        assert bits.endswith("}")
+        self.write("bits.cpp", bits[:-1] + "    return 0;\n}\n")
+        self.write("other.cpp", OTHER)
+        self.write("user.cpp", USER)
+        self.write("macros.h", MACROS)
+
+    def write(self, name, text):
+        with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def run_good(self, *command, env=None):
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=900, env={**os.environ, **(env or {})})
+        self.assertEqual(done.returncode, 0, " ".join(command) + "\n" + done.stderr[-3000:])
+        return done.stdout
+
+    def silent(self, *command):
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=900)
+        self.assertEqual((done.returncode, done.stderr), (0, ""), " ".join(command))
+
+    def implementation(self, compiler, *flags, name="implementation.o"):
+        """The object file of the implementation, with a look at what it calls and keeps."""
+        self.run_good(*compiler, *flags, f"-I{SOURCE}", "-c", f"{SOURCE}/tests/implementation.cpp", "-o", name)
+
+    def users(self, compiler, *flags):
+        """The objects of the users' files, in which no warning is allowed."""
+        for name in ("user", "other"):
+            self.silent(*compiler, *flags, *STRICT, f"-I{SOURCE}", "-c", f"{name}.cpp", "-o", f"{name}.o")
+        self.run_good(*compiler, *flags, f"-I{SOURCE}", "-c", "bits.cpp", "-o", "bits.o")
+        return ["user.o", "other.o", "bits.o"]
+
+
+expected = {}    # the output of the first cell
+
+
+class Matrix(Folder):
+    def same_bits(self, output, name):
+        self.assertEqual(len(output.splitlines()), 8)
+        self.assertEqual(output, expected.setdefault("bits", output), name)
+
+    def test_every_pair_is_covered(self):
+        wanted = {pair for a, b in itertools.combinations(FACTORS.values(), 2) for pair in itertools.product(a, b)}
+        covered = {pair for cell in CELLS for pair in itertools.combinations(cell, 2)}
+        self.assertEqual(wanted - covered, set())
+        self.assertTrue(wanted - {pair for cell in CELLS[1:] for pair in itertools.combinations(cell, 2)}, "the first cell is needed")
+
+    def test_1_every_cell_builds_without_a_warning_for_users_and_gives_the_same_bits(self):
+        for cell in CELLS:
+            if not available(cell):
+                print(f"{cell[0]} is not installed: {' '.join(cell)} did not run", file=sys.stderr)
+                continue
+            with self.subTest(cell=" ".join(cell)):
+                compiler, *flags = cell
+                flags = [flag.replace("c++23", "c++2b") for flag in flags]    # the name that clang 14 knows
+                self.implementation([compiler], *flags)
+                self.assertEqual(offences(os.path.join(self.folder, "implementation.o")), [])
+                self.run_good(compiler, *flags, *self.users([compiler], *flags), "implementation.o", "-o", "program")
+                for isa in ("", "baseline") if "-O0" not in cell else ("",):
+                    self.same_bits(self.run_good("./program", env={"LLAMA3_ISA": isa}), " ".join(cell) + isa)
+
+    def test_2_a_static_and_a_shared_library_with_hidden_symbols(self):
+        flags = ["-std=c++20", "-O1", "-pthread", "-fPIC", "-fvisibility=hidden"]
+        self.implementation(["g++"], *flags, "-include", f"{self.folder}/macros.h")
+        self.users(["g++"], *flags)
+        self.run_good("ar", "rcs", "libengine.a", "implementation.o", "other.o", "bits.o")
+        self.run_good("g++", "user.o", "-L.", "-lengine", "-pthread", "-o", "program")
+        self.same_bits(self.run_good("./program"), "static")
+
+        # A plugin that keeps the whole library to itself and exports one function; two of them in one process do not meet.
+        self.write("plugin.cpp", '#include "llama3.hpp"\nint bits();\nint other_file(const llama3::Model&);\n'
+                   'extern "C" __attribute__((visibility("default"))) int plugin_run() { return bits(); }\n')
+        self.run_good("g++", *flags, f"-I{SOURCE}", "-c", "plugin.cpp", "-o", "plugin.o")
+        for name in ("one.so", "two.so"):
+            self.run_good("g++", "-shared", "-fvisibility=hidden", "plugin.o", "bits.o", "implementation.o", "-pthread", "-o", name)
+        exported = [line.split()[-1] for line in self.run_good("nm", "-D", "--defined-only", "-C", "one.so").splitlines()]
+        self.assertEqual([name for name in exported if "llama3" in name or "plugin" in name], ["plugin_run"])
+        self.write("host.cpp", "#include <dlfcn.h>\nint main() {\n    for (const char* name : {\"./one.so\", \"./two.so\"}) {\n"
+                   "        void* plugin = dlopen(name, RTLD_NOW | RTLD_LOCAL);\n        if (!plugin) return 1;\n"
+                   "        if (reinterpret_cast<int (*)()>(dlsym(plugin, \"plugin_run\"))() != 0) return 2;\n        dlclose(plugin);\n"
+                   "    }\n}\n")
+        self.run_good("g++", "host.cpp", "-ldl", "-o", "host")
+        output = self.run_good("./host")
+        self.same_bits(output[:len(output) // 2], "first plugin")
+        self.same_bits(output[len(output) // 2:], "second plugin")
+
+    def test_a_warning_in_a_users_file_would_fail_a_cell(self):
+        self.write("user.cpp", USER + "int narrow(long x) { return x; }\n")
+        with self.assertRaises(AssertionError):
+            self.users(["g++"], "-std=c++20", "-O0")
+
+    def test_a_wrong_bit_would_fail_a_cell(self):
+        saved = dict(expected)
+        expected["bits"] = "\n".join("f32 bf16 0 0" for _ in range(8))
+        with self.assertRaises(AssertionError):
+            self.same_bits("\n".join("f32 bf16 1 0" for _ in range(8)), "planted")
+        expected.clear(), expected.update(saved)
+
+
+class Elsewhere(Folder):
+    """Other processors and systems, as far as their tools are installed."""
+    FLAGS = ["-std=c++20", "-O1"]
+
+    def test_1_aarch64_gives_the_same_bits_under_qemu(self):
+        compiler, runner = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+        if not shutil.which(compiler):
+            print(f"{compiler} is not installed: aarch64 did not run", file=sys.stderr)
+            return
+        self.implementation([compiler], *self.FLAGS, "-pthread")
+        self.assertEqual(offences(os.path.join(self.folder, "implementation.o")), [])
+        self.run_good(compiler, *self.users([compiler], *self.FLAGS), "implementation.o", "-static", "-pthread", "-o", "program")
+        if not runner:
+            print("qemu-aarch64 is not installed: the program for aarch64 did not run", file=sys.stderr)
+            return
+        native = expected.get("bits") or self.native_bits()
+        self.assertEqual(self.run_good(runner, "./program"), native)
+
+    def native_bits(self):
+        self.implementation(["g++"], *self.FLAGS, "-pthread", name="native.o")
+        self.run_good("g++", *self.users(["g++"], *self.FLAGS), "native.o", "-pthread", "-o", "native")
+        return self.run_good("./native")
+
+    def test_2_windows_compiles_with_mingw_and_gives_the_same_bits_under_wine(self):
+        compiler = "x86_64-w64-mingw32-g++-posix"
+        if not shutil.which(compiler):
+            print(f"{compiler} is not installed: Windows did not run", file=sys.stderr)
+            return
+        native = expected.get("bits") or self.native_bits()
+        self.write("windows.cpp", '#include <windows.h>\n#include "macros.h"\n#define LLAMA3_IMPLEMENTATION\n#include "llama3.hpp"\n')
+        self.run_good(compiler, *self.FLAGS, f"-I{SOURCE}", "-c", "windows.cpp", "-o", "windows.o")
+        self.run_good(compiler, *self.users([compiler], *self.FLAGS), "windows.o", "-static", "-o", "program.exe")
+        wine = shutil.which("wine64") or shutil.which("wine")
+        if not wine:
+            print("Wine is not installed: the program for Windows did not run", file=sys.stderr)
+            return
+        output = self.run_good(wine, "program.exe", env={"WINEDEBUG": "-all", "WINEPREFIX": os.path.join(self.folder, "wine")})
+        self.assertEqual(output.replace("\r", ""), native)
+
+
+@unittest.skipUnless(shutil.which("meson"), "no meson")
+class Subproject(Folder):
+    def test_meson_finds_it_as_a_subproject(self):
+        os.mkdir(os.path.join(self.folder, "subprojects"))
+        os.symlink(SOURCE, os.path.join(self.folder, "subprojects", "llama3"))
+        self.write("implementation.cpp", '#define LLAMA3_IMPLEMENTATION\n#include "llama3.hpp"\n')
+        self.write("meson.build", "project('user', 'cpp', default_options: ['cpp_std=c++20', 'optimization=1'])\n"
+                   "executable('user', 'user.cpp', 'other.cpp', 'bits.cpp', 'implementation.cpp', dependencies: dependency('llama3', "
+                   "fallback: ['llama3', 'llama3_dep']))\n")
+        self.run_good("meson", "setup", "b")
+        self.run_good("ninja", "-C", "b")
+        self.assertEqual(len(self.run_good("b/user").splitlines()), 8)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
