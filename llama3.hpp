@@ -215,7 +215,9 @@ private:
 };
 
 std::shared_ptr<Device> cpu();                                     // this machine's processor
-std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh: not in this version yet
+// A GPU; defined in kernels.cuh, which is compiled by nvcc. `progress` is called while weights are copied to it.
+std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
+                             const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
 
 struct Options {
     std::shared_ptr<Device> device;  // nullptr: cpu()
