@@ -115,11 +115,11 @@ struct Site {
     }
 };
 
-// Ends the kernel and throws a Fault from the launch; outside kernels throws it at once. Kernels are left by a switch of stacks and
-// not by an exception, so that a noexcept function in between does not end the program.
-// For the same reason the text is made by a function, which has freed all but its result when it returns.
-template <class Compose>
-[[noreturn]] void fail(const Compose& compose);
+// Ends the kernel and throws a Fault from the launch; outside kernels throws it at once. The text is that of the pieces one after
+// the other. Kernels are left by a switch of stacks and not by an exception, so that a noexcept function in between does not end
+// the program; for the same reason the pieces own no memory.
+template <class... Piece>
+[[noreturn]] void fail(const Piece&... pieces);
 
 }  // namespace cuda_emu
 
@@ -472,11 +472,7 @@ struct Memory {
         live.erase(a.start), ++changes;
         freed[a.start] = a;
         used[std::size_t(a.device)] -= a.size;
-        if (stray)
-            fail([&] {
-                return "cudaFree: something was written next to device allocation " + std::to_string(a.number) + " (" +
-                       std::to_string(a.size) + " bytes)";
-            });
+        if (stray) fail("cudaFree: something was written next to device allocation ", a.number, " (", a.size, " bytes)");
     }
 
     void protect(int rights) {
@@ -700,25 +696,81 @@ inline Block& block() {
 }
 inline thread_local bool in_kernel = false;
 
-inline std::string text(uint3 i) {
-    return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
-}
-inline std::string lanes_text(unsigned lanes) {  // "0-15, 20"
+// The pieces of a message.
+struct Hex {
+    std::uint64_t value;
+};
+struct Address {
+    std::uintptr_t value;
+};
+struct Lanes {
+    unsigned mask;
+};
+struct Deadlock {};
+
+inline std::string text(Lanes lanes) {  // "0-15, 20"
     std::string result;
     for (int i = 0; i < 32; ++i) {
-        if (!(lanes >> i & 1)) continue;
+        if (!(lanes.mask >> i & 1)) continue;
         int last = i;
-        while (last < 31 && lanes >> (last + 1) & 1) ++last;
+        while (last < 31 && lanes.mask >> (last + 1) & 1) ++last;
         result += (result.empty() ? "" : ", ") + std::to_string(i) + (last > i ? "-" + std::to_string(last) : "");
         i = last;
     }
     return result;
 }
 
-inline std::string where() {
+inline void append(std::string& to, const char* piece) { to += piece; }
+inline void append(std::string& to, const std::string& piece) { to += piece; }
+inline void append(std::string& to, const Site& site) { to += site.text(); }
+inline void append(std::string& to, Hex number) { to += hex(number.value); }
+inline void append(std::string& to, Address address) { to += memory().describe(address.value); }
+inline void append(std::string& to, Lanes lanes) { to += text(lanes); }
+inline void append(std::string& to, uint3 i) {
+    to += "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
+}
+template <class T>
+requires std::is_arithmetic_v<T>
+void append(std::string& to, T number) { to += std::to_string(number); }
+// Everyone waits: says where, by the threads that differ.
+inline void append(std::string& result, Deadlock) {
+    Block& b = block();
+    result += "the threads wait for each other for ever:";
+    int lines = 0;
+    for (std::size_t w = 0; w < b.warps.size() && lines < 4; ++w) {
+        const Warp& warp = b.warps[w];
+        const unsigned everyone = warp.size == 32 ? ~0u : (1u << warp.size) - 1;
+        const auto line = [&](unsigned lanes, const std::string& at) {
+            if (lanes == 0 || lines >= 4) return;
+            result += " warp " + std::to_string(w) + " lanes " + text(Lanes{lanes}) + " " + at + ";", ++lines;
+        };
+        if (warp.at_barrier != everyone) {
+            line(warp.at_barrier, "at __syncthreads (" + b.barrier_site.text() + ")");
+            for (unsigned left = warp.waiting; left;) {
+                const Arrival& first = warp.arrival[std::size_t(std::countr_zero(left))];
+                unsigned same = 0;
+                for (int i = 0; i < 32; ++i)
+                    if (left >> i & 1 && warp.arrival[std::size_t(i)].site == first.site) same |= 1u << i;
+                line(same, std::string("at ") + first.what + " (" + first.site.text() + ")");
+                left &= ~same;
+            }
+            line(warp.done, "gone");
+        }
+    }
+    result.back() = '.';
+}
+
+template <class... Piece>
+std::string join(const Piece&... pieces) {
+    std::string result;
+    (append(result, pieces), ...);
+    return result;
+}
+
+// Where the kernel is: "kernel scale, block (1,0,0), thread (4,0,0): ".
+inline std::string place() {
     const Block& b = block();
-    return std::string("kernel ") + b.kernel + ", block " + text(blockIdx) +
-           (b.current ? ", thread " + text(b.current->index) : "") + ": ";
+    return join("kernel ", b.kernel, ", block ", blockIdx, ", thread ", b.current->index, ": ");
 }
 
 inline void leave_kernel() {
@@ -726,10 +778,10 @@ inline void leave_kernel() {
     switch_fiber(*b.current->fiber, b.host, true);
 }
 
-template <class Compose>
-[[noreturn]] void fail(const Compose& compose) {
-    if (!in_kernel) throw Fault(std::string(compose()));
-    block().fault = where() + compose();
+template <class... Piece>
+[[noreturn]] void fail(const Piece&... pieces) {
+    if (!in_kernel) throw Fault(join(pieces...));
+    block().fault = place() + join(pieces...);
     leave_kernel();
     __builtin_unreachable();
 }
@@ -741,7 +793,7 @@ inline Fiber* take_fiber() {
         const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
         void* const at =
             mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (at == MAP_FAILED) fail([&] { return "no memory for the stack of a thread"; });
+        if (at == MAP_FAILED) fail("no memory for the stack of a thread");
         mprotect(at, page, PROT_NONE);  // where a stack that is too large faults
         fiber->stack = static_cast<char*>(at) + page;
         fiber->stack_bytes = stack_bytes;
@@ -776,41 +828,12 @@ inline Thread* pick() {
     return &next;
 }
 
-// Everyone waits: says where, by the threads that differ.
-inline std::string deadlock() {
-    Block& b = block();
-    std::string result = "the threads wait for each other for ever:";
-    int lines = 0;
-    for (std::size_t w = 0; w < b.warps.size() && lines < 4; ++w) {
-        const Warp& warp = b.warps[w];
-        const unsigned everyone = warp.size == 32 ? ~0u : (1u << warp.size) - 1;
-        const auto line = [&](unsigned lanes, const std::string& at) {
-            if (lanes == 0 || lines >= 4) return;
-            result += " warp " + std::to_string(w) + " lanes " + lanes_text(lanes) + " " + at + ";", ++lines;
-        };
-        if (warp.at_barrier != everyone) {
-            line(warp.at_barrier, "at __syncthreads (" + b.barrier_site.text() + ")");
-            for (unsigned left = warp.waiting; left;) {
-                const Arrival& first = warp.arrival[std::size_t(std::countr_zero(left))];
-                unsigned same = 0;
-                for (int i = 0; i < 32; ++i)
-                    if (left >> i & 1 && warp.arrival[std::size_t(i)].site == first.site) same |= 1u << i;
-                line(same, std::string("at ") + first.what + " (" + first.site.text() + ")");
-                left &= ~same;
-            }
-            line(warp.done, "gone");
-        }
-    }
-    result.back() = '.';
-    return result;
-}
-
 // Runs others until somebody makes this thread ready again.
 inline void wait() {
     Block& b = block();
     Thread* const self = b.current;
     Thread* const next = pick();
-    if (!next) fail([&] { return deadlock(); });
+    if (!next) fail(Deadlock());
     if (next == self) return;
     if (!next->fiber) next->fiber = take_fiber();
     ++b.switches;
@@ -827,21 +850,14 @@ inline void thread_ends() {
     Block& b = block();
     Thread& t = *b.current;
     Warp& warp = b.warps[std::size_t(t.warp)];
-    if (!t.copies.empty())
-        fail([&] { return "the thread ends before it waited for its cp.async (" + t.copies.front().site.text() + ")"; });
+    if (!t.copies.empty()) fail("the thread ends before it waited for its cp.async (", t.copies.front().site, ")");
     if (b.at_barrier > 0)
-        fail([&] {
-            return "the thread ends, while " + std::to_string(b.at_barrier) + " threads wait at __syncthreads (" +
-                   b.barrier_site.text() + ")";
-        });
+        fail("the thread ends, while ", b.at_barrier, " threads wait at __syncthreads (", b.barrier_site, ")");
     for (unsigned left = warp.waiting; left; left &= left - 1) {
         const int other = std::countr_zero(left);
         const Arrival& a = warp.arrival[std::size_t(other)];
         if (a.mask >> t.lane & 1)
-            fail([&] {
-                return "the thread ends, while lane " + std::to_string(other) + " of its warp waits for it at " + a.what +
-                       " (" + a.site.text() + ")";
-            });
+            fail("the thread ends, while lane ", other, " of its warp waits for it at ", a.what, " (", a.site, ")");
     }
     warp.done |= 1u << t.lane;
     ++b.finished;
@@ -861,7 +877,7 @@ inline void run_threads() {
             next->fiber = mine;
             continue;
         }
-        if (!next && b.finished < b.threads) fail([&] { return deadlock(); });
+        if (!next && b.finished < b.threads) fail(Deadlock());
         b.idle.push_back(mine);
         ++b.switches;
         switch_fiber(*mine, next ? *next->fiber : b.host);
@@ -872,28 +888,18 @@ inline void run_threads() {
 // which lets threads arrive from different lines and forgets those that have ended: neither is ever wanted.
 inline int block_barrier(const char* what, int variant, bool predicate, Site site) {
     Block& b = block();
-    if (!in_kernel) fail([&] { return std::string(what) + " outside a kernel"; });
+    if (!in_kernel) fail(what, " outside a kernel");
     Thread& t = *b.current;
     Warp& warp = b.warps[std::size_t(t.warp)];
     t.site = site;
-    if (b.finished > 0)
-        fail([&] {
-            return std::string(what) + " (" + site.text() + ") is reached after " + std::to_string(b.finished) +
-                   " threads have ended";
-        });
+    if (b.finished > 0) fail(what, " (", site, ") is reached after ", b.finished, " threads have ended");
     if (b.at_barrier > 0 && (!(b.barrier_site == site) || b.barrier_variant != variant))
-        fail([&] {
-            return std::string(what) + " (" + site.text() + ") is reached, while " + std::to_string(b.at_barrier) +
-                   " threads wait at another (" + b.barrier_site.text() + ")";
-        });
+        fail(what, " (", site, ") is reached, while ", b.at_barrier, " threads wait at another (", b.barrier_site, ")");
     for (unsigned left = warp.waiting; left; left &= left - 1) {
         const Arrival& a = warp.arrival[std::size_t(std::countr_zero(left))];
         if (a.mask >> t.lane & 1)
-            fail([&] {
-                return std::string(what) + " (" + site.text() + ") is reached, while lane " +
-                       std::to_string(std::countr_zero(left)) + " of the warp waits for this thread at " + a.what + " (" +
-                       a.site.text() + ")";
-            });
+            fail(what, " (", site, ") is reached, while lane ", std::countr_zero(left),
+                 " of the warp waits for this thread at ", a.what, " (", a.site, ")");
     }
     if (b.at_barrier++ == 0) b.barrier_site = site, b.barrier_variant = variant, b.barrier_sum = 0;
     b.barrier_sum += predicate;
@@ -918,7 +924,7 @@ inline void __syncthreads(cuda_emu::Site site = cuda_emu::Site()) { cuda_emu::bl
 inline int __syncthreads_count(int p, cuda_emu::Site site = cuda_emu::Site()) { return cuda_emu::block_barrier("__syncthreads_count", 1, p != 0, site); }
 inline int __syncthreads_or(int p, cuda_emu::Site site = cuda_emu::Site()) { return cuda_emu::block_barrier("__syncthreads_or", 2, p != 0, site) != 0; }
 inline int __syncthreads_and(int p, cuda_emu::Site site = cuda_emu::Site()) { return cuda_emu::block_barrier("__syncthreads_and", 3, p != 0, site) == cuda_emu::block().threads; }
-inline void __trap(cuda_emu::Site site = cuda_emu::Site()) { cuda_emu::fail([&] { return "__trap (" + site.text() + ")"; }); }
+inline void __trap(cuda_emu::Site site = cuda_emu::Site()) { cuda_emu::fail("__trap (", site, ")"); }
 // clang-format on
 
 namespace cuda_emu {
@@ -1004,7 +1010,7 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 threads, std::size_t sh
                      const void* arguments) {
     const DeviceAccess access;
     Block& b = block();
-    if (b.running) fail([&] { return "a kernel is launched from within a kernel"; });
+    if (b.running) fail("a kernel is launched from within a kernel");
     install_handlers();
 #ifdef LLAMA3_EMU_ASAN
     static thread_local std::pair<char*, std::size_t> own_stack = [] {
@@ -1059,10 +1065,10 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 threads, std::size_t sh
         switch_fiber(b.host, *first->fiber);
         in_kernel = false;
         if (b.segmentation)
-            b.fault = where() + "invalid access to " +
-                      (b.fault_address ? memory().describe(b.fault_address)
-                                       : "a null or non-canonical address, or one not aligned for its vector type") +
-                      "; the thread last met others at " + (b.current->site.line ? b.current->site.text() : "no line");
+            b.fault = place() +
+                      (b.fault_address ? "invalid access to " + memory().describe(b.fault_address)
+                                       : "invalid access: a null or misaligned pointer, or one to no address at all") +
+                      (b.current->site.line ? "; the thread last met others at " + b.current->site.text() : "");
     }
     b.running = false;
     b.current = nullptr;
@@ -1089,11 +1095,8 @@ inline bool ordered(const Warp& warp, int other_lane, std::uint32_t tick, int la
 
 [[noreturn]] inline void fail_race(std::size_t offset, const char* did, int other, Site before, const char* does, Site now) {
     Block& b = block();
-    fail([&] {
-        return "race on shared memory at byte " + std::to_string(offset) + ": thread " + text(b.all[std::size_t(other)].index) +
-               " " + did + " it (" + before.text() + ") and thread " + text(b.current->index) + " " + does + " it (" +
-               now.text() + ") with no barrier between";
-    });
+    fail("race on shared memory at byte ", offset, ": thread ", b.all[std::size_t(other)].index, " ", did, " it (", before,
+         ") and thread ", b.current->index, " ", does, " it (", now, ") with no barrier between");
 }
 
 inline void touch(Record& r, std::size_t offset, Use use, Site site) {
@@ -1135,27 +1138,20 @@ inline void touch(Record& r, std::size_t offset, Use use, Site site) {
 
 inline void note_shared(const void* p, std::size_t bytes, std::size_t alignment, Use use, Site site) {
     Block& b = block();
-    if (!in_kernel) fail([&] { return "shared memory is used outside a kernel (" + site.text() + ")"; });
+    if (!in_kernel) fail("shared memory is used outside a kernel (", site, ")");
     const std::size_t offset = std::size_t(static_cast<const unsigned char*>(p) - b.shared);
     if (offset >= b.shared_bytes || bytes > b.shared_bytes - offset)
-        fail([&] {
-            return "shared memory is used beyond its end: " + std::to_string(bytes) + " bytes at " +
-                   std::to_string(std::ptrdiff_t(offset)) + " of " + std::to_string(b.shared_bytes) + " (" + site.text() + ")";
-        });
+        fail("shared memory is used beyond its end: ", bytes, " bytes at ", std::ptrdiff_t(offset), " of ", b.shared_bytes,
+             " (", site, ")");
     if (reinterpret_cast<std::uintptr_t>(p) % alignment != 0)
-        fail([&] {
-            return "misaligned access to shared memory: byte " + std::to_string(offset) + ", expected a multiple of " +
-                   std::to_string(alignment) + " (" + site.text() + ")";
-        });
+        fail("misaligned access to shared memory: byte ", offset, ", expected a multiple of ", alignment, " (", site, ")");
     for (std::size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
         if (use != Use::async && b.pending[word])
             for (const Thread& t : b.all)
                 for (const Copy& copy : t.copies)
                     if (copy.to / 4 <= word && word < copy.to / 4 + 4)
-                        fail([&] {
-                            return "shared memory is used (" + site.text() + ") before thread " + text(t.index) +
-                                   " waited for the cp.async that fills it (" + copy.site.text() + ")";
-                        });
+                        fail("shared memory is used (", site, ") before thread ", t.index,
+                             " waited for the cp.async that fills it (", copy.site, ")");
         if (!check_races) continue;
         Record& whole = b.words[word];
         const std::size_t first = std::max(offset, 4 * word), last = std::min(offset + bytes, 4 * word + 4);
@@ -1255,7 +1251,7 @@ struct Shared {
 // The dynamic shared memory of the block. Every call gives the same bytes.
 template <class T>
 Shared<T> shared_memory(Site site = Site()) {
-    if (!in_kernel) fail([&] { return "shared_memory outside a kernel (" + site.text() + ")"; });
+    if (!in_kernel) fail("shared_memory outside a kernel (", site, ")");
     return {reinterpret_cast<T*>(block().shared)};
 }
 
@@ -1269,13 +1265,10 @@ auto shared_cast(Shared<T> p) {
 
 // Checks an access of a kernel to device memory (or pinned memory, or a local array).
 inline void check_global(const void* p, std::size_t bytes, std::size_t alignment, const char* what, Site site) {
-    if (!in_kernel) fail([&] { return std::string(what) + " outside a kernel (" + site.text() + ")"; });
+    if (!in_kernel) fail(what, " outside a kernel (", site, ")");
     const auto address = reinterpret_cast<std::uintptr_t>(p);
     if (address % alignment != 0)
-        fail([&] {
-            return std::string("misaligned ") + what + ": " + memory().describe(address) + ", expected a multiple of " +
-                   std::to_string(alignment) + " (" + site.text() + ")";
-        });
+        fail("misaligned ", what, ": ", Address{address}, ", expected a multiple of ", alignment, " (", site, ")");
     const Fiber& fiber = *block().current->fiber;
     if (address - reinterpret_cast<std::uintptr_t>(fiber.stack) < fiber.stack_bytes) return;
     static std::array<Allocation, 16> recent{};  // an address range is never used twice, but it may be freed
@@ -1285,14 +1278,8 @@ inline void check_global(const void* p, std::size_t bytes, std::size_t alignment
     if (address - guess.start >= guess.size || bytes > guess.size - (address - guess.start)) {
         const Allocation* const found = memory().find(p);
         if (!found || address - found->start + bytes > found->size) {
-            if (!found && !memory().on_device(p))
-                fail([&] {
-                    return std::string(what) + " of a host pointer in a kernel: " + hex(address) + " (" + site.text() + ")";
-                });
-            fail([&] {
-                return std::string(what) + " out of bounds: " + std::to_string(bytes) + " bytes at " +
-                       memory().describe(address) + " (" + site.text() + ")";
-            });
+            if (!found && !memory().on_device(p)) fail(what, " of a host pointer in a kernel: ", Hex{address}, " (", site, ")");
+            fail(what, " out of bounds: ", bytes, " bytes at ", Address{address}, " (", site, ")");
         }
         guess = *found;
     }
@@ -1396,41 +1383,28 @@ inline void synchronise_clocks(Warp& warp, unsigned mask) {
 template <class Payload, class Work>
 void meet(const char* what, unsigned mask, int variant, bool orders_memory, Site site, Payload& payload, const Work& work) {
     Block& b = block();
-    const auto at = [&] { return std::string(what) + " (" + site.text() + ")"; };
-    if (!in_kernel) fail([&] { return at() + " outside a kernel"; });
+    if (!in_kernel) fail(what, " (", site, ") outside a kernel");
     Thread& t = *b.current;
     Warp& warp = b.warps[std::size_t(t.warp)];
     const unsigned everyone = warp.size == 32 ? ~0u : (1u << warp.size) - 1;
     t.site = site;
     if (!(mask >> t.lane & 1))
-        fail([&] {
-            return at() + ": the mask " + hex(mask) + " does not name lane " + std::to_string(t.lane) + ", which calls";
-        });
+        fail(what, " (", site, "): the mask ", Hex{mask}, " does not name lane ", t.lane, ", which calls");
     if (mask & ~everyone)
-        fail([&] {
-            return at() + ": the mask " + hex(mask) + " names lanes that the warp has not (found " + std::to_string(warp.size) +
-                   " lanes)";
-        });
+        fail(what, " (", site, "): the mask ", Hex{mask}, " names lanes that the warp has not (found ", warp.size, " lanes)");
     if (mask & warp.done)
-        fail([&] {
-            return at() + ": the mask " + hex(mask) + " names lanes that have ended (lanes " + lanes_text(mask & warp.done) +
-                   ")";
-        });
+        fail(what, " (", site, "): the mask ", Hex{mask}, " names lanes that have ended (lanes ", Lanes{mask & warp.done}, ")");
     if (mask & warp.at_barrier)
-        fail([&] {
-            return at() + " waits for lanes " + lanes_text(mask & warp.at_barrier) + ", which wait at __syncthreads (" +
-                   b.barrier_site.text() + ")";
-        });
+        fail(what, " (", site, ") waits for lanes ", Lanes{mask & warp.at_barrier}, ", which wait at __syncthreads (",
+             b.barrier_site, ")");
     for (unsigned left = warp.waiting; left; left &= left - 1) {
         const int lane = std::countr_zero(left);
         const Arrival& other = warp.arrival[std::size_t(lane)];
         if (!(mask >> lane & 1) && !(other.mask >> t.lane & 1)) continue;
         if (other.mask != mask || other.variant != variant || !(other.site == site) || std::strcmp(other.what, what) != 0)
-            fail([&] {
-                return "lanes of a warp diverge: lane " + std::to_string(t.lane) + " is at " + at() + " with mask " +
-                       hex(mask) + ", lane " + std::to_string(lane) + " at " + other.what + " (" + other.site.text() +
-                       ") with mask " + hex(other.mask) + (variant != other.variant ? " and another width" : "");
-            });
+            fail("lanes of a warp diverge: lane ", t.lane, " is at ", what, " (", site, ") with mask ", Hex{mask}, ", lane ",
+                 lane, " at ", other.what, " (", other.site, ") with mask ", Hex{other.mask},
+                 (variant != other.variant ? " and another width" : ""));
         break;  // those that wait already agree with each other
     }
     warp.arrival[std::size_t(t.lane)] = {what, mask, variant, site, &payload};
@@ -1463,19 +1437,14 @@ T shuffle(const char* what, unsigned mask, T value, int parameter, int width, Si
         T result;
     } payload{value, parameter, value};
     if (width < 1 || width > 32 || (width & (width - 1)))
-        fail([&] {
-            return std::string(what) + " (" + site.text() + "): the width is no power of two up to 32 (found " +
-                   std::to_string(width) + ")";
-        });
+        fail(what, " (", site, "): the width is no power of two up to 32 (found ", width, ")");
     meet(what, mask, width, shuffles_order_memory, site, payload, [&](const auto& of) {
         for (int lane = 0; lane < 32; ++lane) {
             if (!(mask >> lane & 1)) continue;
             const int from = source(lane, of(lane).parameter);
             if (!(mask >> from & 1))
-                fail([&] {
-                    return std::string(what) + " (" + site.text() + "): lane " + std::to_string(lane) + " reads from lane " +
-                           std::to_string(from) + ", which the mask " + hex(mask) + " does not name";
-                });
+                fail(what, " (", site, "): lane ", lane, " reads from lane ", from, ", which the mask ", Hex{mask},
+                     " does not name");
             of(lane).result = of(from).value;
         }
     });
@@ -1847,8 +1816,7 @@ inline std::unique_lock<std::recursive_mutex> lock() { return std::unique_lock(m
 inline CUstream_st* stream_of(cudaStream_t stream) {
     if (stream) {
         const auto& all = runtime().streams;
-        if (std::find(all.begin(), all.end(), stream) == all.end())
-            fail([] { return "a stream that was destroyed, or never made, is used"; });
+        if (std::find(all.begin(), all.end(), stream) == all.end()) fail("a stream that was destroyed, or never made, is used");
         return stream;
     }
     CUstream_st*& legacy = runtime().legacy[current_device];
@@ -1924,14 +1892,12 @@ void check_argument(const char* kernel, int number, const T& value, int device) 
             const void* const p = reinterpret_cast<const void*>(word);
             if (const Allocation* a = memory().find(p)) {
                 if (a->device >= 0 && a->device != device && !runtime().peers[{device, a->device}])
-                    fail([&] {
-                        return name() + "a pointer to memory of device " + std::to_string(a->device) + ", on device " +
-                               std::to_string(device) + ", which has no access to it";
-                    });
+                    fail(name(), "a pointer to memory of device ", a->device, ", on device ", device,
+                         ", which has no access to it");
             } else if (std::is_pointer_v<T> && memory().on_device(p)) {
-                fail([&] { return name() + "a pointer to no live allocation, " + memory().describe(word); });
+                fail(name(), "a pointer to no live allocation, ", Address{word});
             } else if ((std::is_pointer_v<T> && word && !memory().on_device(p)) || is_host_pointer(word)) {
-                fail([&] { return name() + "a host pointer (" + hex(word) + "); kernels take device memory"; });
+                fail(name(), "a host pointer (", Hex{word}, "); kernels take device memory");
             }
         }
 }
@@ -1975,15 +1941,10 @@ inline void check_range(const char* what, const char* side, const void* p, std::
     const Allocation* const found = memory().find(p);
     const bool pinned = found && found->device < 0;
     if (memory().on_device(p) != expect_device && !(expect_device && pinned))
-        fail([&] {
-            return std::string(what) + ": the " + side + " is " + (expect_device ? "host" : "device") + " memory (found " +
-                   memory().describe(address) + ", expected memory of the " + (expect_device ? "device)" : "host)");
-        });
+        fail(what, ": the ", side, " is ", (expect_device ? "host" : "device"), " memory (found ", Address{address},
+             ", expected memory of the ", (expect_device ? "device)" : "host)"));
     if ((expect_device && !found) || (found && address - found->start + bytes > found->size))
-        fail([&] {
-            return std::string(what) + ": the " + side + " is out of bounds: " + std::to_string(bytes) + " bytes at " +
-                   memory().describe(address);
-        });
+        fail(what, ": the ", side, " is out of bounds: ", bytes, " bytes at ", Address{address});
 }
 
 inline void check_copy(const char* what, const void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
@@ -2160,9 +2121,8 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes
     cuda_emu::check_copy("cudaMemcpyAsync", to, from, bytes, kind);
     const auto pageable = [](const void* p) { return !cuda_emu::memory().on_device(p) && !cuda_emu::memory().find(p); };
     if (bytes && cuda_emu::stream_of(stream)->capture && (pageable(to) || pageable(from)))
-        cuda_emu::fail([] {
-            return "cudaMemcpyAsync: a graph is to copy from or to pageable host memory, which need not exist when it runs";
-        });
+        cuda_emu::fail(
+            "cudaMemcpyAsync: a graph is to copy from or to pageable host memory, which need not exist when it runs");
     // CUDA copies pageable memory before it returns; what it copies to pinned memory is not there before the stream was waited for.
     if (cuda_emu::lazy_streams && bytes && !cuda_emu::stream_of(stream)->capture && !cuda_emu::memory().on_device(to) &&
         !pageable(to))
