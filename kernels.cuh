@@ -51,6 +51,9 @@
 
 #ifdef LLAMA3_CUDA_EMULATOR
 #include "cuda_emu.hpp"
+namespace llama3::gpu {
+using namespace cuda_emu;  // what is defined below for nvcc
+}
 #else
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -1269,6 +1272,168 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
     }
 }
 
+// ═══ K9  Sampling ══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Sampler::sample of llama3.hpp, §7, by one block, so that only the token's id leaves the device. Probabilities are relative to
+// the best. What is summed are whole numbers (shares of 2^-38), so no order of threads and atomics changes the result. The set
+// of candidates is described by its border: those above the border's key, the bits of a probability, and the first few at it.
+
+constexpr int sample_threads = 1024, sample_warps = sample_threads / 32;
+using Mass = unsigned long long;
+
+struct Draw {
+    const float* logits;
+    int n;
+    float temperature, top_p, min_p;
+    int top_k;
+    double uniform;  // 0 to 1, from the sampler's generator
+    int* token;      // -1: no logit is a number
+};
+struct Border {
+    unsigned key;
+    Mass equals;  // how many candidates of this very key are kept, lowest ids first
+};
+constexpr Mass no_limit = ~Mass{0};
+
+__device__ __forceinline__ float relative_probability(float logit, float best, float temperature) {
+    if (logit == best) return 1;
+    const float x = (logit - best) / temperature;
+    return x > -87.0f ? expf(x) : 0.0f;  // 0 for NaN too
+}
+__device__ __forceinline__ Mass mass_of(float probability) { return static_cast<Mass>(probability * 274877906944.0f); }
+
+// Moves the border up to where, in order of probability, more than `limit` of the measure has been passed: the number of
+// candidates, or their mass. Byte by byte of the key, from the highest: a histogram, then the bin in which it happens.
+__device__ inline void keep_best(Border& border, const Draw& d, float best, bool by_mass, Mass limit, Shared<Mass> bins,
+                                 Shared<Mass> found) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    Mass passed = 0;
+    unsigned prefix = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        const auto in_prefix = [&](unsigned key) { return shift == 24 || key >> (shift + 8) == prefix >> (shift + 8); };
+        if (thread < 256) bins[thread] = 0;
+        __syncthreads();
+        for (int i = thread; i < d.n; i += sample_threads) {
+            const float p = relative_probability(d.logits[i], best, d.temperature);
+            const unsigned key = __float_as_uint(p);
+            const bool candidate = key > border.key || (key == border.key && border.equals == no_limit);
+            if (candidate && in_prefix(key)) atomicAdd(bins + (key >> shift & 255), by_mass ? mass_of(p) : Mass{1});
+        }
+        if (thread == 0 && border.equals != no_limit && in_prefix(border.key))
+            atomicAdd(bins + (border.key >> shift & 255), border.equals * (by_mass ? mass_of(__uint_as_float(border.key)) : Mass{1}));
+        __syncthreads();
+        if (thread < 32) {  // lane 0 has the 8 highest bins
+            Mass own = 0;
+            for (int b = 0; b < 8; ++b) own += bins[255 - 8 * lane - b];
+            Mass before = own;
+            for (int step = 1; step < 32; step *= 2) {
+                const Mass other = __shfl_up_sync(all_lanes, before, step);
+                if (lane >= step) before += other;
+            }
+            before += passed - own;
+            const unsigned exceeded = __ballot_sync(all_lanes, before + own > limit);
+            if (exceeded == 0 && lane == 0) found[0] = 256;
+            if (exceeded != 0 && lane == __ffs(static_cast<int>(exceeded)) - 1) {
+                int bin = 255 - 8 * lane;
+                for (Mass here = bins[bin]; before + here <= limit; here = bins[bin]) before += here, --bin;
+                found[0] = static_cast<Mass>(bin), found[1] = before;
+            }
+        }
+        __syncthreads();
+        const Mass bin = found[0];
+        if (bin == 256) return;  // all are kept
+        passed = found[1], prefix |= static_cast<unsigned>(bin) << shift;
+    }
+    const Mass equals = (limit - passed) / (by_mass ? mass_of(__uint_as_float(prefix)) : Mass{1}) + 1;
+    border = {prefix, prefix == border.key ? min(equals, border.equals) : equals};
+}
+
+static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const Shared<Mass> bins = shared_memory<Mass>();  // [256]
+    const Shared<Mass> found = bins + 256;            // [2]
+    const Shared<Mass> above = found + 2;             // [warps] mass above the border
+    const Shared<Mass> equal = above + sample_warps;  // [warps] candidates at the border
+
+    // The best logit and its lowest id, as one number: floats in the order of integers, then the complement of the id
+    Mass largest = 0;
+    for (int i = thread; i < d.n; i += sample_threads) {
+        const float logit = d.logits[i] + 0.0f;  // -0 and 0 are equal
+        const unsigned bits = __float_as_uint(logit), order = bits >> 31 ? ~bits : bits | 0x80000000u;
+        if (logit == logit) largest = max(largest, static_cast<Mass>(order) << 32 | ~static_cast<unsigned>(i));
+    }
+    for (int step = 16; step >= 1; step /= 2) largest = max(largest, __shfl_xor_sync(all_lanes, largest, step));
+    if (lane == 0) above[warp] = largest;
+    __syncthreads();
+    for (int w = 0; w < sample_warps; ++w) {
+        const Mass other = above[w];
+        largest = max(largest, other);
+    }
+    __syncthreads();
+    if (largest == 0 || d.temperature == 0) {
+        if (thread == 0) *d.token = largest == 0 ? -1 : static_cast<int>(~static_cast<unsigned>(largest));
+        return;
+    }
+    const float best = d.logits[~static_cast<unsigned>(largest)];
+
+    Border border{1, no_limit};  // every probability above 0
+    if (d.top_k > 0) keep_best(border, d, best, false, static_cast<Mass>(d.top_k - 1), bins, found);
+
+    // What lies above the border and at it, per warp. Each has a contiguous range of ids.
+    const int range = (d.n + sample_warps - 1) / sample_warps, first = min(d.n, warp * range), last = min(d.n, first + range);
+    const auto measure = [&](Mass& total) {  // mass of all candidates
+        Mass own = 0, equals = 0;
+        for (int i = first + lane; i < last; i += 32) {
+            const float p = relative_probability(d.logits[i], best, d.temperature);
+            if (__float_as_uint(p) > border.key) own += mass_of(p);
+            equals += __float_as_uint(p) == border.key;
+        }
+        for (int step = 16; step >= 1; step /= 2)
+            own += __shfl_xor_sync(all_lanes, own, step), equals += __shfl_xor_sync(all_lanes, equals, step);
+        __syncthreads();
+        if (lane == 0) above[warp] = own, equal[warp] = equals;
+        __syncthreads();
+        Mass all_equal = 0;
+        total = 0;
+        for (int w = 0; w < sample_warps; ++w) total += above[w], all_equal += equal[w];
+        total += min(all_equal, border.equals) * mass_of(__uint_as_float(border.key));
+    };
+    Mass total = 0;
+    if (d.top_p < 1) {
+        measure(total);
+        keep_best(border, d, best, true, static_cast<Mass>(static_cast<double>(d.top_p) * static_cast<double>(total)), bins, found);
+    }
+    if (const unsigned least = __float_as_uint(d.min_p); least > border.key) border = {least, no_limit};
+    measure(total);
+
+    // The candidates in order of their ids: the one in whose share of the mass the point lies.
+    const Mass point = min(static_cast<Mass>(d.uniform * static_cast<double>(total)), total - 1);
+    Mass passed = 0, equals = 0;  // before this warp's range
+    const Mass each = mass_of(__uint_as_float(border.key));
+    for (int w = 0; w < warp; ++w) {
+        const Mass here = equal[w], room = border.equals - min(equals, border.equals);
+        passed += above[w] + min(here, room) * each;
+        equals += here;
+    }
+    for (int base = first; base < last; base += 32) {
+        const int i = base + lane;
+        const float p = i < last ? relative_probability(d.logits[i], best, d.temperature) : 0.0f;
+        const unsigned key = __float_as_uint(p), at_border = __ballot_sync(all_lanes, key == border.key);
+        const Mass rank = equals + static_cast<Mass>(__popc(at_border & ((1u << lane) - 1)));
+        const Mass own = key > border.key || (key == border.key && rank < border.equals) ? mass_of(p) : 0;
+        Mass until = own;
+        for (int step = 1; step < 32; step *= 2) {
+            const Mass other = __shfl_up_sync(all_lanes, until, step);
+            if (lane >= step) until += other;
+        }
+        until += passed;
+        if (until - own <= point && point < until) *d.token = i;  // of one lane of one warp
+        passed = __shfl_sync(all_lanes, until, 31);
+        equals += static_cast<Mass>(__popc(at_border));
+    }
+}
+constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (256 + 2 + 2 * sample_warps);
+
 // ═══ K10  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 // The GPU that a thread uses while this lives; then the caller's again.
@@ -1496,7 +1661,7 @@ struct Buffers {
         turns = parts.take<float>(n * head_dim);
         frequencies = parts.take<float>(head_dim / 2);
         rows = parts.take<RowEntry>(n);
-        logit_rows = parts.take<int>(n);
+        logit_rows = parts.take<int>(n + 1);  // and the token that was drawn
         tickets = parts.take<unsigned>(static_cast<std::size_t>(matvec_rows * head_groups(c)));
         if (!prompts) return;
         const auto padded = [](int columns) { return static_cast<std::size_t>(round_up(columns, 64)); };
@@ -1641,6 +1806,15 @@ public:
     }
     int max_rows() const override { return max_rows_; }
     std::span<const float> logits(int i) const override {
+        if (logits_.rows > 0) {
+            // Copied when they are asked for: a token that is drawn on the device does not need them.
+            const UseGpu use(gpu_.index);
+            check(cudaMemcpyAsync(host_logits_.data(), logits_.data, sizeof(float) * static_cast<std::size_t>(logits_.rows) * logits_.stride,
+                                  cudaMemcpyDeviceToHost, stream_.value),
+                  "cudaMemcpyAsync", "logits");
+            stream_.wait("logits");
+            logits_.rows = 0;
+        }
         return {host_logits_.as<float>() + static_cast<std::size_t>(i) * buffers_.logits.stride, static_cast<std::size_t>(config_.vocab_size)};
     }
     std::string describe() const override {
@@ -1652,6 +1826,8 @@ public:
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
         const UseGpu use(gpu_.index);
         cancel_ = cancel;
+        logits_.rows = 0;
+        stream_.wait("step");  // the tables may still be on their way to the last one
         const int n = batch.size(), wanted = fill_tables(batch);
         Tensor logits = buffers_.logits;
         logits.rows = n <= matvec_rows ? n : wanted;  // a graph has a row for each, whether or not it is wanted
@@ -1667,12 +1843,21 @@ public:
             run();  // loads the kernels, which a capture must not do
             if (!stopped()) capture(graph, run);
         }
-        if (wanted > 0 && !stopped())
-            check(cudaMemcpyAsync(host_logits_.data(), logits.data, sizeof(float) * static_cast<std::size_t>(wanted) * logits.stride,
-                                  cudaMemcpyDeviceToHost, stream_.value),
-                  "cudaMemcpyAsync", "logits");
-        stream_.wait("step of " + std::to_string(n) + " tokens");
+        // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
+        if (n > matvec_rows || stopped()) stream_.wait("step of " + std::to_string(n) + " tokens");
+        device_logits_ = logits;
+        logits_ = logits, logits_.rows = wanted;
         return !stopped();
+    }
+    int draw(int i, const Sampling& s, std::uint64_t random) override {
+        const UseGpu use(gpu_.index);
+        int* const token = buffers_.logit_rows + max_rows_;
+        const Draw d{device_logits_.row(i), config_.vocab_size, s.temperature, s.top_p, s.min_p, s.top_k,
+                     static_cast<double>(random >> 11) * 0x1p-53, token};
+        launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream_.value, d);
+        check(cudaMemcpyAsync(drawn_.data(), token, sizeof(int), cudaMemcpyDeviceToHost, stream_.value), "cudaMemcpyAsync", "sampling");
+        stream_.wait("step and sampling");
+        return *drawn_.as<int>();
     }
 
     // ── The stages ──
@@ -1798,6 +1983,7 @@ public:
     }
 
     const Buffers& buffers() const { return buffers_; }
+    const Weights& weights() const { return weights_->weights(); }
     cudaStream_t stream() const { return stream_.value; }
 
 private:
@@ -1931,6 +2117,9 @@ private:
     Memory tables_;       // pinned: RowEntry [max_rows], int [max_rows]
     Memory host_logits_;  // pinned: [rows that wanted them, V rounded up]
     Memory many_logits_, split_memory_;
+    Memory drawn_{Memory::Kind::pinned, sizeof(int), "token"};
+    Tensor device_logits_;   // of the last step
+    mutable Tensor logits_;  // the same while the host has not got them: rows that wanted them; else no rows
     SplitBuffers splits_;
     std::unique_ptr<Gemm> gemm_;
     std::array<Graph, matvec_rows> graphs_;
