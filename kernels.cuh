@@ -108,7 +108,8 @@ __device__ __forceinline__ float load_fresh(const float* from) { return __ldcg(f
 // Asynchronous copies of 16 bytes to shared memory; a group is what was copied since the last commit. From sm_80 on.
 __device__ __forceinline__ void copy_async16(std::uint16_t* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from)
                  : "memory");
 #else
     *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
@@ -143,7 +144,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], const s
 // d [16, 8] += a [16, 16] b [16, 8], bf16 into float. With g = lane / 4 and t = lane % 4 a lane holds d[g][2t], d[g][2t+1],
 // d[g+8][2t], d[g+8][2t+1]; of a, in pairs along the columns, (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); of b, in pairs along
 // the rows, (2t, g) and (2t+8, g). From sm_80 on: the host never launches it elsewhere.
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                                  std::uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -160,7 +162,7 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint
 
 namespace llama3 {
 namespace detail {
-std::vector<float> rope_frequencies(const Config& config);                  // §5
+std::vector<float> rope_frequencies(const Config& config);         // §5
 void check_ranks(const Config& config, int ranks, int available);  // §13
 }  // namespace detail
 
@@ -170,16 +172,19 @@ namespace gpu {
 
 inline std::string gigabytes(std::uint64_t bytes) {
     const std::uint64_t hundredths = (bytes + 5000000) / 10000000;
-    return std::to_string(hundredths / 100) + "." + std::to_string(hundredths / 10 % 10) + std::to_string(hundredths % 10) + " GB";
+    return std::to_string(hundredths / 100) + "." + std::to_string(hundredths / 10 % 10) + std::to_string(hundredths % 10) +
+           " GB";
 }
 
 // What to do about an error of CUDA.
 inline const char* advice(cudaError_t error) {
     switch (error) {
-        case cudaErrorMemoryAllocation: return "Use a shorter context (-c), --kv q8 or a smaller model, or free memory of the GPU.";
+        case cudaErrorMemoryAllocation:
+            return "Use a shorter context (-c), --kv q8 or a smaller model, or free memory of the GPU.";
         case cudaErrorNoKernelImageForDevice:
         case cudaErrorUnsupportedPtxVersion: return "Compile kernels.cuh for this GPU: nvcc -arch=native.";
-        case cudaErrorInsufficientDriver: return "Install a newer driver of the GPU, or compile kernels.cuh with an older CUDA Toolkit.";
+        case cudaErrorInsufficientDriver:
+            return "Install a newer driver of the GPU, or compile kernels.cuh with an older CUDA Toolkit.";
         case cudaErrorNoDevice: return "Check that nvidia-smi lists a GPU, or use the CPU.";
         case cudaErrorInvalidDevice: return "Choose one that nvidia-smi lists.";
         default: return "Start the program anew; if it happens again, run tests/gpu.sh, which checks every kernel.";
@@ -245,8 +250,8 @@ __device__ __forceinline__ float from_fp16(std::uint32_t bits) {
 }
 __device__ __forceinline__ std::uint32_t word_at(const std::byte* at) { return *reinterpret_cast<const std::uint32_t*>(at); }
 
-constexpr float magic = 12582912.0f;      // 1.5 x 2^23: a float of this size counts in ones, so that adding it rounds,
-constexpr int magic_bits = 0x4b400000;    // and an integer added to its bits is added to the float: a conversion for free
+constexpr float magic = 12582912.0f;    // 1.5 x 2^23: a float of this size counts in ones, so that adding it rounds,
+constexpr int magic_bits = 0x4b400000;  // and an integer added to its bits is added to the float: a conversion for free
 
 // The sum of an integer dot product that was started at magic_bits.
 __device__ __forceinline__ float dot_value(int biased) { return __int_as_float(biased) - magic; }
@@ -288,7 +293,8 @@ struct F32Weights {
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int units) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            out[i] = column + i < units ? __uint_as_float(word_at(panel + static_cast<std::size_t>(column + i) * 64 + row * 4)) : 0;
+            out[i] =
+                column + i < units ? __uint_as_float(word_at(panel + static_cast<std::size_t>(column + i) * 64 + row * 4)) : 0;
     }
 };
 
@@ -379,7 +385,8 @@ struct Q8Weights : QuantisedActivations {
             const float scale = __uint_as_float(x[c * words + 16 * units + block]);
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-                sum[c][r] = fmaf(dot_value(__dp4a(static_cast<int>(rows[r]), a, magic_bits)), __fmul_rn(scales[r], scale), sum[c][r]);
+                sum[c][r] =
+                    fmaf(dot_value(__dp4a(static_cast<int>(rows[r]), a, magic_bits)), __fmul_rn(scales[r], scale), sum[c][r]);
         }
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int) {
@@ -443,7 +450,8 @@ struct Panels {
     std::size_t stride;
     int rows, units, segments;
     Panels() = default;
-    explicit Panels(const Matrix& m) : data(m.data), stride(m.panel_stride), rows(m.rows), units(m.units()), segments(m.segments) {}
+    explicit Panels(const Matrix& m)
+        : data(m.data), stride(m.panel_stride), rows(m.rows), units(m.units()), segments(m.segments) {}
     __host__ __device__ int panels() const { return (rows + 15) / 16; }
     __device__ const std::byte* panel(int i) const { return data + static_cast<std::size_t>(i) * stride; }
 };
@@ -527,7 +535,8 @@ struct CacheQ8 {
 };
 
 // Stores 32 channels of a key or value, one per lane of a whole warp. q8: the rule of llama3.hpp, §8 (quantise_channels).
-__device__ inline void store_channels(const CacheShape& shape, const RowEntry& row, bool values, std::size_t at, float x, int lane) {
+__device__ inline void store_channels(const CacheShape& shape, const RowEntry& row, bool values, std::size_t at, float x,
+                                      int lane) {
     const std::size_t elements = shape.elements(row.capacity);
     std::byte* data = row.cache + (values ? elements * shape.element_bytes() : 0);
     if (shape.format == Format::f32) {
@@ -540,7 +549,8 @@ __device__ inline void store_channels(const CacheShape& shape, const RowEntry& r
         for (int step = 1; step < 32; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
         const bool finite = largest < 0x7f800000u;
         const float scale = finite ? __uint_as_float(largest) / 127 : 0.0f, inverse = scale > 1e-35f ? 1 / scale : 0.0f;
-        const float rounded = fminf(fmaxf(__fadd_rn(__fmul_rn(finite ? x : 0.0f, inverse), x < 0 ? -0.5f : 0.5f), -127.0f), 127.0f);
+        const float rounded =
+            fminf(fmaxf(__fadd_rn(__fmul_rn(finite ? x : 0.0f, inverse), x < 0 ? -0.5f : 0.5f), -127.0f), 127.0f);
         reinterpret_cast<std::int8_t*>(data)[at] = static_cast<std::int8_t>(static_cast<int>(rounded));
         std::byte* scales = row.cache + 2 * elements + (values ? elements / 16 : 0);
         if (lane == 0)
@@ -646,8 +656,8 @@ __device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
 
 // x[t] = table[token[t]], and cos and sin of position[t] θ'[i].          One block per row.        x: [T, D], turns: [T, E/2][2]
 template <class W>
-__global__ void embed_rows(Panels table, const RowEntry* rows, float* x, std::size_t stride, int width, const float* frequencies,
-                           float* turns, int head_dim) {
+__global__ void embed_rows(Panels table, const RowEntry* rows, float* x, std::size_t stride, int width,
+                           const float* frequencies, float* turns, int head_dim) {
     const int t = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
     const RowEntry row = rows[t];
     const std::byte* panel = table.panel(row.token / 16);
@@ -719,7 +729,7 @@ std::size_t matvec_shared_bytes(int units) {
 // Epilogue: what an item is, and what becomes of its sums.              n <= columns rows are used, input row first + c each
 template <class W, int columns, class Epilogue>
 __global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, columns>)
-matvec(Input input, Epilogue epilogue, int first, int n) {
+    matvec(Input input, Epilogue epilogue, int first, int n) {
     constexpr int panels = Epilogue::panels, slices = matvec_warps / panels;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int units = epilogue.units(), words = W::words(units);
@@ -790,7 +800,8 @@ struct StoreRows {
     __device__ void finish(int item, const T& total, int first, int n) const {
         for (int i = static_cast<int>(threadIdx.x); i < panels * 16 * n; i += matvec_threads) {
             const int c = i / (panels * 16), part = i / 16 % panels, row = (item * panels + part) * 16 + i % 16;
-            if (row < w.rows) out[static_cast<std::size_t>(first + c) * stride + static_cast<std::size_t>(row)] = total(part, c, i % 16);
+            if (row < w.rows)
+                out[static_cast<std::size_t>(first + c) * stride + static_cast<std::size_t>(row)] = total(part, c, i % 16);
         }
     }
 };
@@ -862,7 +873,8 @@ struct ProjectQkv {
             const bool values = row >= query.rows + key.rows;
             const int head = (row - query.rows - (values ? key.rows : 0)) / cache.head_dim;
             const RowEntry entry = rows[t];
-            const std::size_t at = cache.element(entry.capacity, layer, head, entry.position) + static_cast<std::size_t>(channel);
+            const std::size_t at =
+                cache.element(entry.capacity, layer, head, entry.position) + static_cast<std::size_t>(channel);
             store_channels(cache, entry, values, at, x, lane);
         }
     }
@@ -908,8 +920,8 @@ __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
     const int n = row.position + 1, begin = split * attention_segment, count = min(attention_segment, n - begin);
     if (count <= 0) return;
 
-    const Shared<float> scores = shared_memory<float>();                         // [heads][512], then [warps][heads][E]
-    const Shared<float> statistics = scores + heads * attend_warps * head_dim;   // [heads][2]
+    const Shared<float> scores = shared_memory<float>();                        // [heads][512], then [warps][heads][E]
+    const Shared<float> statistics = scores + heads * attend_warps * head_dim;  // [heads][2]
     const Shared<unsigned> is_last = shared_cast<unsigned>(statistics + 2 * heads);
     const std::size_t at = a.cache.element(row.capacity, a.layer, kv_head, begin) + static_cast<std::size_t>(8 * part);
     const int own = warp * per_warp + lane / lanes;  // this lane's positions are own, own + stride, ...
@@ -945,7 +957,8 @@ __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
 #pragma unroll
                     for (int e = 0; e < 8; ++e) dot = fmaf(query[h][e], key[e], dot);
 #pragma unroll
-                    for (int step = lanes / 2; step >= 1; step /= 2) dot = __fadd_rn(dot, __shfl_xor_sync(all_lanes, dot, step));
+                    for (int step = lanes / 2; step >= 1; step /= 2)
+                        dot = __fadd_rn(dot, __shfl_xor_sync(all_lanes, dot, step));
                     if (part == h && j < count) scores[h * attention_segment + j] = __fmul_rn(dot, scale);
                 }
             }
@@ -1056,7 +1069,8 @@ __global__ void unpack_rows(Panels w, std::uint16_t* out, int first, int rows, i
     // 8 neighbours write 128 bytes of a row; 16 rows of 64 columns are one or a few whole units
     const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int tiles = (columns + 63) / 64, tile = static_cast<int>(index / 128);
-    const int row = tile / tiles * 16 + static_cast<int>(index / 8 % 16), column = tile % tiles * 64 + static_cast<int>(index % 8) * 8;
+    const int row = tile / tiles * 16 + static_cast<int>(index / 8 % 16),
+              column = tile % tiles * 64 + static_cast<int>(index % 8) * 8;
     if (row >= rows || column >= columns) return;
     float values[8];
     W::decode8(values, w.panel((first + row) / 16), (first + row) % 16, column, w.units);
@@ -1075,7 +1089,8 @@ static __global__ void __launch_bounds__(row_threads) pack_rows(Input input, std
     for (int k = 4 * static_cast<int>(threadIdx.x); k < columns; k += 4 * row_threads) {
         float4 v = load_columns(row, k, input.width);
         if (input.norm) v = scaled(v, inverse, load_columns(input.norm, k, input.width));
-        std::uint32_t* to = reinterpret_cast<std::uint32_t*>(out + static_cast<std::size_t>(t) * static_cast<std::size_t>(columns) + k);
+        std::uint32_t* to =
+            reinterpret_cast<std::uint32_t*>(out + static_cast<std::size_t>(t) * static_cast<std::size_t>(columns) + k);
         to[0] = pack_bf16(v.x, v.y), to[1] = pack_bf16(v.z, v.w);
     }
 }
@@ -1107,12 +1122,14 @@ static __global__ void __launch_bounds__(row_threads) rotate_rows(Rotate a) {
     const float other = __shfl_xor_sync(all_lanes, x, 1);
     if (!values) x = rotate(x, other, lane & 1, turn[0], turn[1]);
     const RowEntry row = a.rows[t];
-    const std::size_t at = a.cache.element(row.capacity, a.layer, i / head_dim, row.position) + static_cast<std::size_t>(i % head_dim);
+    const std::size_t at =
+        a.cache.element(row.capacity, a.layer, i / head_dim, row.position) + static_cast<std::size_t>(i % head_dim);
     store_channels(a.cache, row, values, at, x, lane);
 }
 
 // hidden = SiLU(hidden) ⊙ up                                                                   grid: [columns / threads, T]
-static __global__ void __launch_bounds__(row_threads) gate_rows(float* hidden, const float* up, std::size_t stride, int columns) {
+static __global__ void __launch_bounds__(row_threads)
+    gate_rows(float* hidden, const float* up, std::size_t stride, int columns) {
     const int i = static_cast<int>(blockIdx.x) * row_threads + static_cast<int>(threadIdx.x);
     const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
     if (i < columns) hidden[at] = __fmul_rn(silu(hidden[at]), up[at]);
@@ -1160,7 +1177,8 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
     constexpr int row_halves = flash_row_halves<head_dim>, tile_halves = flash_positions * row_halves;
     constexpr int key_steps = head_dim / 16, score_tiles = flash_positions / 8, value_tiles = head_dim / 8;
     const Shared<std::uint16_t> tiles = shared_memory<std::uint16_t>();  // [2 stages][keys, values][64][row_halves]
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, pair = lane % 4 * 2;
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4,
+              pair = lane % 4 * 2;
     const int head = static_cast<int>(blockIdx.y), tile_row = static_cast<int>(blockIdx.x) * flash_rows;
     const RowEntry first = a.rows[a.first];
     const CacheView keys(a.cache, first, false), values(a.cache, first, true);
@@ -1213,7 +1231,8 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
             }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int sees = first.position + rows[r] - tile * flash_positions;  // the last position of this tile that row r sees
+            const int sees =
+                first.position + rows[r] - tile * flash_positions;  // the last position of this tile that row r sees
             float tile_largest = -INFINITY;
 #pragma unroll
             for (int j = 0; j < score_tiles; ++j)
@@ -1225,7 +1244,8 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
                 }
             tile_largest = fmaxf(tile_largest, __shfl_xor_sync(all_lanes, tile_largest, 1));
             tile_largest = fmaxf(tile_largest, __shfl_xor_sync(all_lanes, tile_largest, 2));
-            const float both = fmaxf(largest[r], tile_largest);  // finite: a tile's first position is seen, or an earlier tile was
+            const float both =
+                fmaxf(largest[r], tile_largest);  // finite: a tile's first position is seen, or an earlier tile was
             const float share = exp2f(largest[r] - both);
             float tile_sum = 0;
 #pragma unroll
@@ -1247,7 +1267,8 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
 #pragma unroll
         for (int j = 0; j < score_tiles; j += 2) {  // the scores of 16 positions are fragment a of the next product
             const std::uint32_t p[4] = {pack_bf16(score[j][0], score[j][1]), pack_bf16(score[j][2], score[j][3]),
-                                        pack_bf16(score[j + 1][0], score[j + 1][1]), pack_bf16(score[j + 1][2], score[j + 1][3])};
+                                        pack_bf16(score[j + 1][0], score[j + 1][1]),
+                                        pack_bf16(score[j + 1][2], score[j + 1][3])};
 #pragma unroll
             for (int e = 0; e < value_tiles; e += 2) {
                 std::uint32_t b[4];
@@ -1320,7 +1341,8 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
             if (candidate && in_prefix(key)) atomicAdd(bins + (key >> shift & 255), by_mass ? mass_of(p) : Mass{1});
         }
         if (thread == 0 && border.equals != no_limit && in_prefix(border.key))
-            atomicAdd(bins + (border.key >> shift & 255), border.equals * (by_mass ? mass_of(__uint_as_float(border.key)) : Mass{1}));
+            atomicAdd(bins + (border.key >> shift & 255),
+                      border.equals * (by_mass ? mass_of(__uint_as_float(border.key)) : Mass{1}));
         __syncthreads();
         if (thread < 32) {  // lane 0 has the 8 highest bins
             Mass own = 0;
@@ -1401,7 +1423,8 @@ static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
     Mass total = 0;
     if (d.top_p < 1) {
         measure(total);
-        keep_best(border, d, best, true, static_cast<Mass>(static_cast<double>(d.top_p) * static_cast<double>(total)), bins, found);
+        keep_best(border, d, best, true, static_cast<Mass>(static_cast<double>(d.top_p) * static_cast<double>(total)), bins,
+                  found);
     }
     if (const unsigned least = __float_as_uint(d.min_p); least > border.key) border = {least, no_limit};
     measure(total);
@@ -1455,6 +1478,7 @@ private:
 struct Gpu {
     int index = 0, major = 0, minor = 0, multiprocessors = 1;
     std::size_t shared_bytes = 48 * 1024;  // that a block may ask for
+    std::uint64_t memory_bytes = 0;
     std::string name;
     bool tensor_cores() const { return major >= 8; }  // for bf16
     std::string text() const { return "GPU " + std::to_string(index) + " (" + name + ")"; }
@@ -1465,8 +1489,9 @@ inline void check_free(const Gpu& gpu, const std::string& what, std::uint64_t ne
     std::size_t available = 0, total = 0;
     check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo", gpu.text());
     if (needed > available)
-        fail(Code::memory, gpu.text() + ": " + what + " does not fit (found " + gigabytes(available) + " free of " + gigabytes(total) +
-                               ", expected " + gigabytes(needed) + "). " + advice(cudaErrorMemoryAllocation));
+        fail(Code::memory, gpu.text() + ": " + what + " does not fit (found " + gigabytes(available) + " free of " +
+                               gigabytes(total) + ", expected " + gigabytes(needed) + "). " +
+                               advice(cudaErrorMemoryAllocation));
 }
 
 // Memory of the device, or of the host and pinned. Released on the device where it was made.
@@ -1503,7 +1528,8 @@ public:
 
 private:
     void swap(Memory& other) noexcept {
-        std::swap(kind_, other.kind_), std::swap(bytes_, other.bytes_), std::swap(data_, other.data_), std::swap(gpu_, other.gpu_);
+        std::swap(kind_, other.kind_), std::swap(bytes_, other.bytes_), std::swap(data_, other.data_),
+            std::swap(gpu_, other.gpu_);
     }
     Kind kind_ = Kind::device;
     std::size_t bytes_ = 0;
@@ -1565,7 +1591,8 @@ using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 // A model's tensors on a GPU: the bytes of the file from its first tensor to its last, as they are. Shared by all sessions.
 class DeviceWeights {
 public:
-    DeviceWeights(Model model, const Gpu& gpu, const Progress& progress) : model_(std::move(model)), weights_(model_.weights()) {
+    DeviceWeights(Model model, const Gpu& gpu, const Progress& progress)
+        : model_(std::move(model)), weights_(model_.weights()) {
         const std::vector<TensorInfo> tensors = model_.tensors();
         const std::byte* first = weights_.embedding.data;  // the first tensor of every file
         const std::size_t bytes = bytes_of(model_);
@@ -1616,10 +1643,8 @@ inline CacheShape cache_shape(const Config& c, Format format) { return {format, 
 
 class CudaCache final : public KVCache {
 public:
-    CudaCache(const Gpu& gpu, const Config& config, int capacity, Format format)
-        : capacity_(capacity), memory_(Memory::Kind::device, cache_shape(config, format).bytes(capacity), "key/value cache") {
-        check(cudaMemset(memory_.data(), 0, memory_.bytes()), "cudaMemset", "key/value cache, " + gpu.text());
-    }
+    CudaCache(const Config& config, int capacity, Format format)  // no position is read before it was written
+        : capacity_(capacity), memory_(Memory::Kind::device, cache_shape(config, format).bytes(capacity), "key/value cache") {}
     int capacity() const override { return capacity_; }
     std::byte* data() const { return memory_.data(); }
 
@@ -1686,7 +1711,8 @@ struct SplitBuffers {
     float *partial = nullptr, *statistics = nullptr;
     SplitBuffers() = default;
     SplitBuffers(Parts& parts, const Config& c, int n_splits) : splits(n_splits) {
-        const std::size_t n = static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * static_cast<std::size_t>(splits);
+        const std::size_t n =
+            static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * static_cast<std::size_t>(splits);
         partial = parts.take<float>(n * static_cast<std::size_t>(c.head_dim));
         statistics = parts.take<float>(2 * n);
     }
@@ -1701,14 +1727,16 @@ struct SplitBuffers {
 // Products of bf16 matrices by cuBLASLt. The algorithm is chosen once per shape, so that a shape has the same bits in every run.
 class Gemm {
 public:
-    explicit Gemm(std::byte* workspace) : workspace_(workspace) { check(cublasLtCreate(&handle_), "cublasLtCreate", "prompts"); }
+    explicit Gemm(std::byte* workspace) : workspace_(workspace) {
+        check(cublasLtCreate(&handle_), "cublasLtCreate", "prompts");
+    }
     ~Gemm() { cublasLtDestroy(handle_); }
     Gemm(const Gemm&) = delete;
     Gemm& operator=(const Gemm&) = delete;
 
     // out [n, stride] (+)= x [n, k] wᵀ [k, rows], row-major. cuBLASLt counts columns first: there it is outᵀ (+)= w xᵀ, w transposed.
-    void multiply(const char* stage, float* out, std::size_t stride, const std::uint16_t* w, const std::uint16_t* x, int rows, int n,
-                  int k, bool add, cudaStream_t stream) {
+    void multiply(const char* stage, float* out, std::size_t stride, const std::uint16_t* w, const std::uint16_t* x, int rows,
+                  int n, int k, bool add, cudaStream_t stream) {
         struct Plan {
             cublasLtMatmulDesc_t operation{};
             cublasLtMatrixLayout_t w{}, x{}, out{};
@@ -1737,25 +1765,26 @@ public:
         auto found = algorithms_.find(shape);
         if (found == algorithms_.end()) {
             const std::size_t workspace_bytes = Buffers::workspace_bytes;
-            const std::uint32_t schemes = CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // in fixed order
+            const std::uint32_t schemes =
+                CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // in fixed order
             check(cublasLtMatmulPreferenceCreate(&plan.preference), "cublasLtMatmulPreferenceCreate", stage);
-            check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes,
-                                                       sizeof workspace_bytes),
+            check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                       &workspace_bytes, sizeof workspace_bytes),
                   "cublasLtMatmulPreferenceSetAttribute", stage);
             check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
                                                        sizeof schemes),
                   "cublasLtMatmulPreferenceSetAttribute", stage);
             cublasLtMatmulHeuristicResult_t result{};
             int count = 0;
-            check(cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.out, plan.out, plan.preference, 1, &result,
-                                                 &count),
+            check(cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.out, plan.out, plan.preference,
+                                                 1, &result, &count),
                   "cublasLtMatmulAlgoGetHeuristic", stage);
             if (count == 0) check(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", stage);
             found = algorithms_.emplace(shape, result.algo).first;
         }
         const float one = 1, beta = add ? 1 : 0;
-        check(cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x, &beta, out, plan.out, out, plan.out, &found->second,
-                             workspace_, Buffers::workspace_bytes, stream),
+        check(cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x, &beta, out, plan.out, out, plan.out,
+                             &found->second, workspace_, Buffers::workspace_bytes, stream),
               "cublasLtMatmul", stage);
     }
 
@@ -1785,6 +1814,8 @@ public:
         check(cudaMemset(memory_.data(), 0, memory_.bytes()), "cudaMemset", "buffers");
         check(cudaMemcpy(buffers_.frequencies, frequencies.data(), frequencies.size() * sizeof(float), cudaMemcpyHostToDevice),
               "cudaMemcpy", "RoPE frequencies");
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize",
+              "buffers");  // both were on another stream than the steps will be
         reserve_splits(context_);
         const char* graphs = std::getenv("LLAMA3_CUDA_GRAPHS");  // 0: every step is launched stage by stage, for debuggers
         use_graphs_ = !graphs || std::strcmp(graphs, "0") != 0;
@@ -1794,28 +1825,33 @@ public:
         for (Graph& graph : graphs_) graph.reset();
     }
 
-    static int rows_of(const Options& options) { return std::max(matvec_rows, std::min(options.chunk, options.context)); }
+    static int rows_of(const Options& options) {
+        return std::max(matvec_rows, std::min({options.chunk, options.context, 16384}));  // a grid's y has 16 bits
+    }
     static std::size_t bytes(const Config& config, const Options& options, bool prompts) {
-        return Buffers::bytes(config, rows_of(options), prompts) + SplitBuffers::bytes(config, SplitBuffers::splits_of(options.context));
+        return Buffers::bytes(config, rows_of(options), prompts) +
+               SplitBuffers::bytes(config, SplitBuffers::splits_of(options.context));
     }
 
     std::unique_ptr<KVCache> make_cache() override {
         const UseGpu use(gpu_.index);
         check_free(gpu_, "the key/value cache", cache_shape(config_, kv_).bytes(context_));
-        return std::make_unique<CudaCache>(gpu_, config_, context_, kv_);
+        return std::make_unique<CudaCache>(config_, context_, kv_);
     }
     int max_rows() const override { return max_rows_; }
     std::span<const float> logits(int i) const override {
         if (logits_.rows > 0) {
             // Copied when they are asked for: a token that is drawn on the device does not need them.
             const UseGpu use(gpu_.index);
-            check(cudaMemcpyAsync(host_logits_.data(), logits_.data, sizeof(float) * static_cast<std::size_t>(logits_.rows) * logits_.stride,
+            check(cudaMemcpyAsync(host_logits_.data(), logits_.data,
+                                  sizeof(float) * static_cast<std::size_t>(logits_.rows) * logits_.stride,
                                   cudaMemcpyDeviceToHost, stream_.value),
                   "cudaMemcpyAsync", "logits");
             stream_.wait("logits");
             logits_.rows = 0;
         }
-        return {host_logits_.as<float>() + static_cast<std::size_t>(i) * buffers_.logits.stride, static_cast<std::size_t>(config_.vocab_size)};
+        return {host_logits_.as<float>() + static_cast<std::size_t>(i) * buffers_.logits.stride,
+                static_cast<std::size_t>(config_.vocab_size)};
     }
     std::string describe() const override {
         return "CUDA, " + gpu_.text() + ", sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor) + ", " +
@@ -1852,10 +1888,17 @@ public:
     int draw(int i, const Sampling& s, std::uint64_t random) override {
         const UseGpu use(gpu_.index);
         int* const token = buffers_.logit_rows + max_rows_;
-        const Draw d{device_logits_.row(i), config_.vocab_size, s.temperature, s.top_p, s.min_p, s.top_k,
-                     static_cast<double>(random >> 11) * 0x1p-53, token};
+        const Draw d{device_logits_.row(i),
+                     config_.vocab_size,
+                     s.temperature,
+                     s.top_p,
+                     s.min_p,
+                     s.top_k,
+                     static_cast<double>(random >> 11) * 0x1p-53,
+                     token};
         launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream_.value, d);
-        check(cudaMemcpyAsync(drawn_.data(), token, sizeof(int), cudaMemcpyDeviceToHost, stream_.value), "cudaMemcpyAsync", "sampling");
+        check(cudaMemcpyAsync(drawn_.data(), token, sizeof(int), cudaMemcpyDeviceToHost, stream_.value), "cudaMemcpyAsync",
+              "sampling");
         stream_.wait("step and sampling");
         return *drawn_.as<int>();
     }
@@ -1865,8 +1908,8 @@ public:
     void embed(Tensor x, const Matrix& table, const Batch& batch) override {
         n_tokens_ = batch.size();
         with_format(table.format, [&]<class W>(W) {
-            launch("embed", embed_rows<W>, dim3(static_cast<unsigned>(n_tokens_)), 256, 0, stream_.value, Panels(table), buffers_.rows,
-                   x.data, x.stride, x.columns, buffers_.frequencies, buffers_.turns, config_.head_dim);
+            launch("embed", embed_rows<W>, dim3(static_cast<unsigned>(n_tokens_)), 256, 0, stream_.value, Panels(table),
+                   buffers_.rows, x.data, x.stride, x.columns, buffers_.frequencies, buffers_.turns, config_.head_dim);
         });
     }
 
@@ -1877,8 +1920,8 @@ public:
         const CacheShape cache = cache_shape(config_, kv_);
         if (few()) {
             multiply_rows(stage, layer.query.format, input, n_tokens_,
-                          ProjectQkv{Panels(layer.query), Panels(layer.key), Panels(layer.value), query.data, query.stride, buffers_.rows,
-                                     buffers_.turns, cache, layer.index});
+                          ProjectQkv{Panels(layer.query), Panels(layer.key), Panels(layer.value), query.data, query.stride,
+                                     buffers_.rows, buffers_.turns, cache, layer.index});
             return;
         }
         const std::size_t keys = static_cast<std::size_t>(round_up(layer.key.rows, 64));  // keys, then values, in rows of `up`
@@ -1888,9 +1931,10 @@ public:
         multiply_packed(stage, layer.key, key, buffers_.up.stride, n_tokens_, false);
         multiply_packed(stage, layer.value, value, buffers_.up.stride, n_tokens_, false);
         const unsigned warps = static_cast<unsigned>((layer.query.rows + 2 * layer.key.rows) / 32);
-        launch(stage, rotate_rows, dim3(static_cast<unsigned>(n_tokens_), (warps + row_warps - 1) / row_warps), row_threads, 0, stream_.value,
-               Rotate{query.data, key, value, query.stride, buffers_.up.stride, buffers_.rows, buffers_.turns, cache, layer.index,
-                      config_.n_heads});
+        launch(stage, rotate_rows, dim3(static_cast<unsigned>(n_tokens_), (warps + row_warps - 1) / row_warps), row_threads, 0,
+               stream_.value,
+               Rotate{query.data, key, value, query.stride, buffers_.up.stride, buffers_.rows, buffers_.turns, cache,
+                      layer.index, config_.n_heads});
     }
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
@@ -1898,49 +1942,61 @@ public:
         const CacheShape cache = cache_shape(config_, kv_);
         const int shared = config_.n_heads / config_.n_kv_heads;
         for (int first = 0; first < n_tokens_;) {
-            const int count = few() ? n_tokens_ : run_length(batch, first);
+            const int count = few() ? n_tokens_ - first : run_length(batch, first);
             if (!few() && count > matvec_rows) {
-                const Flash flash{query.data, query.stride, mixed.data, mixed.stride, buffers_.rows, cache, layer.index, shared, first, count};
-                const dim3 grid(static_cast<unsigned>((count + flash_rows - 1) / flash_rows), static_cast<unsigned>(config_.n_heads));
+                const Flash flash{query.data, query.stride, mixed.data, mixed.stride, buffers_.rows,
+                                  cache,      layer.index,  shared,     first,        count};
+                const dim3 grid(static_cast<unsigned>((count + flash_rows - 1) / flash_rows),
+                                static_cast<unsigned>(config_.n_heads));
                 with_cache(kv_, [&]<class C>(C) {
                     with_head_dim(config_.head_dim, [&](auto e) {
-                        launch("attend", flash_attention<C, e.value>, grid, flash_threads, flash_shared_bytes<e.value>, stream_.value, flash);
+                        launch("attend", flash_attention<C, e.value>, grid, flash_threads, flash_shared_bytes<e.value>,
+                               stream_.value, flash);
                     });
                 });
                 first += count;
                 continue;
             }
             const int rows = std::min(count, matvec_rows);
-            const Attend split{query.data, query.stride, mixed.data, mixed.stride, buffers_.rows, cache, layer.index, shared, first,
-                               splits_.splits, splits_.partial, splits_.statistics, buffers_.tickets};
-            const dim3 grid(static_cast<unsigned>(head_groups(config_)), static_cast<unsigned>(splits_.splits), static_cast<unsigned>(rows));
+            const Attend split{query.data,      query.stride,       mixed.data,      mixed.stride, buffers_.rows,
+                               cache,           layer.index,        shared,          first,        splits_.splits,
+                               splits_.partial, splits_.statistics, buffers_.tickets};
+            const dim3 grid(static_cast<unsigned>(head_groups(config_)), static_cast<unsigned>(splits_.splits),
+                            static_cast<unsigned>(rows));
             with_cache(kv_, [&]<class C>(C) {
                 with_head_dim(config_.head_dim, [&](auto e) {
                     if (heads_per_block(config_) == 4)
-                        launch("attend", attend_split<C, e.value, 4>, grid, attend_threads, attend_shared_bytes<e.value, 4>, stream_.value, split);
+                        launch("attend", attend_split<C, e.value, 4>, grid, attend_threads, attend_shared_bytes<e.value, 4>,
+                               stream_.value, split);
                     else
-                        launch("attend", attend_split<C, e.value, 8>, grid, attend_threads, attend_shared_bytes<e.value, 8>, stream_.value, split);
+                        launch("attend", attend_split<C, e.value, 8>, grid, attend_threads, attend_shared_bytes<e.value, 8>,
+                               stream_.value, split);
                 });
             });
             first += rows;
         }
     }
 
-    void project_out(Tensor x, Tensor mixed, const Layer& layer) override { add_product("project_out", x, layer.attention_out, mixed); }
+    void project_out(Tensor x, Tensor mixed, const Layer& layer) override {
+        add_product("project_out", x, layer.attention_out, mixed);
+    }
 
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
         if (stopped()) return;
         const char* stage = "gate_up";
         const Input input{x.data, x.stride, x.columns, layer.ffn_norm, config_.norm_eps, nullptr};
         if (few()) {
-            multiply_rows(stage, layer.gate.format, input, n_tokens_, GateUp{Panels(layer.gate), Panels(layer.up), hidden.data, hidden.stride});
+            multiply_rows(stage, layer.gate.format, input, n_tokens_,
+                          GateUp{Panels(layer.gate), Panels(layer.up), hidden.data, hidden.stride});
             return;
         }
         pack(stage, input, n_tokens_);
         multiply_packed(stage, layer.gate, hidden.data, hidden.stride, n_tokens_, false);
         multiply_packed(stage, layer.up, buffers_.up.data, hidden.stride, n_tokens_, false);  // its rows are at least as wide
-        const dim3 grid(static_cast<unsigned>((hidden.columns + row_threads - 1) / row_threads), static_cast<unsigned>(n_tokens_));
-        launch(stage, gate_rows, grid, row_threads, 0, stream_.value, hidden.data, buffers_.up.data, hidden.stride, hidden.columns);
+        const dim3 grid(static_cast<unsigned>((hidden.columns + row_threads - 1) / row_threads),
+                        static_cast<unsigned>(n_tokens_));
+        launch(stage, gate_rows, grid, row_threads, 0, stream_.value, hidden.data, buffers_.up.data, hidden.stride,
+               hidden.columns);
     }
 
     void down(Tensor x, Tensor hidden, const Layer& layer) override { add_product("down", x, layer.down, hidden); }
@@ -1950,7 +2006,8 @@ public:
         const char* stage = "logits";
         const Input input{x.data, x.stride, x.columns, weights.final_norm, config_.norm_eps, buffers_.logit_rows};
         if (logits.rows <= matvec_rows || !prompts_) {
-            multiply_rows(stage, weights.output.format, input, logits.rows, StoreRows<2>{Panels(weights.output), logits.data, logits.stride});
+            multiply_rows(stage, weights.output.format, input, logits.rows,
+                          StoreRows<2>{Panels(weights.output), logits.data, logits.stride});
             return;
         }
         pack(stage, input, logits.rows);
@@ -1961,8 +2018,8 @@ public:
     int fill_tables(const Batch& batch) {
         const int n = batch.size();
         if (n > max_rows_)
-            fail(Code::argument, "CUDA, step: too many rows (found " + std::to_string(n) + ", expected at most " + std::to_string(max_rows_) +
-                                     "). Split the batch.");
+            fail(Code::argument, "CUDA, step: too many rows (found " + std::to_string(n) + ", expected at most " +
+                                     std::to_string(max_rows_) + "). Split the batch.");
         RowEntry* const rows = tables_.as<RowEntry>();
         int* const logit_rows = reinterpret_cast<int*>(rows + max_rows_);
         int wanted = 0, capacity = 1;
@@ -1975,9 +2032,11 @@ public:
         }
         std::fill(logit_rows + wanted, logit_rows + n, 0);
         reserve_splits(capacity);
-        check(cudaMemcpyAsync(buffers_.rows, rows, sizeof(RowEntry) * static_cast<std::size_t>(n), cudaMemcpyHostToDevice, stream_.value),
+        check(cudaMemcpyAsync(buffers_.rows, rows, sizeof(RowEntry) * static_cast<std::size_t>(n), cudaMemcpyHostToDevice,
+                              stream_.value),
               "cudaMemcpyAsync", "table of rows");
-        check(cudaMemcpyAsync(buffers_.logit_rows, logit_rows, sizeof(int) * static_cast<std::size_t>(n), cudaMemcpyHostToDevice, stream_.value),
+        check(cudaMemcpyAsync(buffers_.logit_rows, logit_rows, sizeof(int) * static_cast<std::size_t>(n),
+                              cudaMemcpyHostToDevice, stream_.value),
               "cudaMemcpyAsync", "table of rows");
         return wanted;
     }
@@ -2023,7 +2082,9 @@ private:
         with_format(format, [&]<class W>(W) {
             for (int first = 0; first < n;) {
                 int columns = matvec_rows;
-                while (columns > 1 && (columns / 2 >= n - first || matvec_shared_bytes<W, 1>(epilogue.units()) * static_cast<std::size_t>(columns) > gpu_.shared_bytes))
+                while (columns > 1 &&
+                       (columns / 2 >= n - first ||
+                        matvec_shared_bytes<W, 1>(epilogue.units()) * static_cast<std::size_t>(columns) > gpu_.shared_bytes))
                     columns /= 2;
                 const int count = std::min(columns, n - first);
                 switch (columns) {
@@ -2041,8 +2102,8 @@ private:
         const std::size_t shared = matvec_shared_bytes<W, columns>(epilogue.units());
         const int resident = 2 * shared <= gpu_.shared_bytes ? matvec_blocks_per_sm<W, columns> : 1;
         const int blocks = std::min(epilogue.items(), gpu_.multiprocessors * resident);
-        launch(stage, matvec<W, columns, Epilogue>, dim3(static_cast<unsigned>(blocks)), matvec_threads, shared, stream_.value, input, epilogue,
-               first, n);
+        launch(stage, matvec<W, columns, Epilogue>, dim3(static_cast<unsigned>(blocks)), matvec_threads, shared, stream_.value,
+               input, epilogue, first, n);
     }
     void add_product(const char* stage, Tensor x, const Matrix& w, Tensor input_rows) {
         if (stopped()) return;
@@ -2059,8 +2120,8 @@ private:
 
     static int padded(int columns) { return static_cast<int>(round_up(columns, 64)); }
     void pack(const char* stage, const Input& input, int n) {
-        launch(stage, pack_rows, dim3(static_cast<unsigned>(n)), row_threads, row_warps * sizeof(float), stream_.value, input, buffers_.packed,
-               padded(input.width));
+        launch(stage, pack_rows, dim3(static_cast<unsigned>(n)), row_threads, row_warps * sizeof(float), stream_.value, input,
+               buffers_.packed, padded(input.width));
     }
     // out (+)= W times the packed rows
     void multiply_packed(const char* stage, const Matrix& w, float* out, std::size_t stride, int n, bool add) {
@@ -2070,10 +2131,11 @@ private:
             const int rows = std::min(most, w.rows - first);
             with_format(w.format, [&]<class W>(W) {
                 const long long threads = static_cast<long long>((rows + 15) / 16) * 128 * (columns / 64);
-                launch(stage, unpack_rows<W>, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, stream_.value, Panels(w),
-                       buffers_.unpacked, first, rows, columns);
+                launch(stage, unpack_rows<W>, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, stream_.value,
+                       Panels(w), buffers_.unpacked, first, rows, columns);
             });
-            gemm_->multiply(stage, out + first, stride, buffers_.unpacked, buffers_.packed, rows, n, columns, add, stream_.value);
+            gemm_->multiply(stage, out + first, stride, buffers_.unpacked, buffers_.packed, rows, n, columns, add,
+                            stream_.value);
         }
     }
 
@@ -2140,18 +2202,20 @@ public:
         check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion", "runtime");
         const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
         if (driver / 1000 < runtime / 1000)  // within a major version drivers are compatible
-            fail(Code::device, driver == 0 ? "CUDA, driver: there is none (found no NVIDIA driver, expected one for CUDA " + version(runtime) +
-                                                 "). Install it, or use the CPU."
-                                           : "CUDA, driver: too old (found one for CUDA " + version(driver) + ", expected " + version(runtime) +
-                                                 "). " + advice(cudaErrorInsufficientDriver));
+            fail(Code::device, driver == 0 ? "CUDA, driver: there is none (found no NVIDIA driver, expected one for CUDA " +
+                                                 version(runtime) + "). Install it, or use the CPU."
+                                           : "CUDA, driver: too old (found one for CUDA " + version(driver) + ", expected " +
+                                                 version(runtime) + "). " + advice(cudaErrorInsufficientDriver));
         check(cudaGetDeviceCount(&count), "cudaGetDeviceCount", "devices");
         if (gpus[0] < 0 || gpus[0] >= count)
             fail(Code::device, "cuda:" + std::to_string(gpus[0]) + ": there is no such GPU (found " + std::to_string(count) +
-                                   " of them, expected more than " + std::to_string(gpus[0]) + "). " + advice(cudaErrorInvalidDevice));
+                                   " of them, expected more than " + std::to_string(gpus[0]) + "). " +
+                                   advice(cudaErrorInvalidDevice));
         gpu_.index = gpus[0];
         cudaDeviceProp properties{};
         check(cudaGetDeviceProperties(&properties, gpu_.index), "cudaGetDeviceProperties", gpu_.text());
         gpu_.name = properties.name, gpu_.major = properties.major, gpu_.minor = properties.minor;
+        gpu_.memory_bytes = properties.totalGlobalMem;
         gpu_.multiprocessors = std::max(1, properties.multiProcessorCount);
         gpu_.shared_bytes = std::max<std::size_t>(gpu_.shared_bytes, properties.sharedMemPerBlockOptin);
         if (gpu_.major * 10 + gpu_.minor < 75)
@@ -2174,7 +2238,8 @@ public:
         const std::lock_guard lock(mutex_);
         auto& known = weights_[&model.impl()];
         std::shared_ptr<const DeviceWeights> weights = known.lock();
-        check_free(gpu_, "the model", (weights ? 0 : DeviceWeights::bytes_of(model)) + cache_bytes(c, options) + activations_bytes(c, options));
+        check_free(gpu_, "the model",
+                   (weights ? 0 : DeviceWeights::bytes_of(model)) + cache_bytes(c, options) + activations_bytes(c, options));
         if (!weights) known = weights = std::make_shared<const DeviceWeights>(model, gpu_, progress_);
         return std::make_unique<CudaBackend>(gpu_, model, options, weights);
     }
@@ -2184,6 +2249,7 @@ public:
     std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
         return CudaBackend::bytes(config, options, gpu_.tensor_cores());
     }
+    std::uint64_t memory_bytes() const override { return gpu_.memory_bytes; }
     const Gpu& gpu() const { return gpu_; }
 
 private:

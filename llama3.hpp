@@ -554,6 +554,7 @@ public:
     virtual std::unique_ptr<Backend> open(const Model& model, const Options& options) = 0;
     virtual std::uint64_t cache_bytes(const Config& config, const Options& options) const = 0;
     virtual std::uint64_t activations_bytes(const Config& config, const Options& options) const = 0;
+    virtual std::uint64_t memory_bytes() const { return 0; }  // of the device itself; 0: unknown
 };
 
 // The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
