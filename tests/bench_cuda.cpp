@@ -1,11 +1,8 @@
 // Measures the CUDA back end on a GPU against that GPU's own limits, both in the same run: how fast its memory is read, and how
 // fast cuBLASLt multiplies bf16 matrices. Decodes at batch 1 and 8 and prefills 512 and 4096 tokens of random models in the shapes
-// of released ones, in every format. Compiled by nvcc (see tests/gpu.sh). Prints a table, and JSON to the file that is named.
+// of released ones, in every format. Compiled by nvcc and linked with tests/implementation.cpp (see tests/gpu.sh). Prints a table, and JSON to the file that is named.
 //
 //     bench_cuda results.json [seconds]      stops before a model that would begin later than that (default 420)
-#define LLAMA3_IMPLEMENTATION
-#include "llama3.hpp"
-
 #include "kernels.cuh"
 
 #include <chrono>

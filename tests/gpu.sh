@@ -49,11 +49,12 @@ flags="-std=c++20 -O3 -arch=native -I. -Xcompiler -pthread"
 rm -f "$folder"/*.status
 background kernels nvcc -std=c++20 -O3 -arch=native -Xptxas -v -x cu -c kernels.cuh -o "$folder/kernels.o"
 background implementation g++ -std=c++20 -O2 -fopenmp -I. -c tests/implementation.cpp -o "$folder/implementation.o"
-background build_bench_cuda nvcc $flags -x cu tests/bench_cuda.cpp -lcublasLt -o "$folder/bench_cuda"
+background build_bench_cuda nvcc $flags -x cu -c tests/bench_cuda.cpp -o "$folder/bench_cuda.o"
 background build_stage_cost nvcc -std=c++20 -O3 -arch=native tests/stage_cost.cu -o "$folder/stage_cost"
-[ -z "$doctest" ] || background build_test_cuda nvcc $flags -lineinfo -x cu "-DLLAMA3_SOURCE_DIR=\"$PWD\"" tests/test_cuda.cpp -lcublasLt -o "$folder/test_cuda"
+[ -z "$doctest" ] || background build_test_cuda nvcc $flags -lineinfo -diag-suppress 1675 -x cu "-DLLAMA3_SOURCE_DIR=\"$PWD\"" tests/test_cuda.cpp -lcublasLt -o "$folder/test_cuda"
 wait
 link="$folder/implementation.o $folder/kernels.o -L$cuda/lib64 -L$cuda/targets/x86_64-linux/lib -Wl,-rpath,$cuda/lib64 -lcudart -lcublasLt"
+background link_bench_cuda g++ -fopenmp "$folder/bench_cuda.o" "$folder/implementation.o" -L"$cuda/lib64" -Wl,-rpath,"$cuda/lib64" -lcudart -lcublasLt -o "$folder/bench_cuda"
 for program in generate bench perplexity; do
     background "build_$program" g++ -std=c++20 -O2 -fopenmp -I. -DLLAMA3_CUDA "-DLLAMA3_SOURCE_DIR=\"$PWD\"" "examples/$program.cpp" $link -o "$folder/$program"
 done
