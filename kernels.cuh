@@ -1323,30 +1323,45 @@ __device__ __forceinline__ float relative_probability(float logit, float best, f
 }
 __device__ __forceinline__ Mass mass_of(float probability) { return static_cast<Mass>(probability * 274877906944.0f); }
 
+// f(id, probability) for the ids first, first + step, ... below last; 8 loads are under way at a time.
+template <class F>
+__device__ __forceinline__ void for_probabilities(const Draw& d, float best, int first, int last, int step, const F& f) {
+    for (int base = first; base < last; base += 8 * step) {
+        float logits[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) logits[i] = base + i * step < last ? d.logits[base + i * step] : 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (base + i * step < last) f(base + i * step, relative_probability(logits[i], best, d.temperature));
+    }
+}
+
 // Moves the border up to where, in order of probability, more than `limit` of the measure has been passed: the number of
-// candidates, or their mass. Byte by byte of the key, from the highest: a histogram, then the bin in which it happens.
+// candidates, or their mass. A part of the key's bits at a time, from the highest: a histogram, then the bin in which it happens.
+// The first part is the exponent and 4 bits, 16 bins to the octave, so that few threads meet in a bin.
+constexpr int sample_bins = 2048;
 __device__ inline void keep_best(Border& border, const Draw& d, float best, bool by_mass, Mass limit, Shared<Mass> bins,
                                  Shared<Mass> found) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     Mass passed = 0;
     unsigned prefix = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        const auto in_prefix = [&](unsigned key) { return shift == 24 || key >> (shift + 8) == prefix >> (shift + 8); };
-        if (thread < 256) bins[thread] = 0;
+    for (const int shift : {19, 9, 0}) {
+        const int above = shift == 19 ? 31 : shift == 9 ? 19 : 9;  // the bits from here on are known
+        const auto bin_of = [&](unsigned key) { return (key & ((1u << above) - 1)) >> shift; };
+        for (int i = thread; i < sample_bins; i += sample_threads) bins[i] = 0;
         __syncthreads();
-        for (int i = thread; i < d.n; i += sample_threads) {
-            const float p = relative_probability(d.logits[i], best, d.temperature);
+        for_probabilities(d, best, thread, d.n, sample_threads, [&](int, float p) {
             const unsigned key = __float_as_uint(p);
             const bool candidate = key > border.key || (key == border.key && border.equals == no_limit);
-            if (candidate && in_prefix(key)) atomicAdd(bins + (key >> shift & 255), by_mass ? mass_of(p) : Mass{1});
-        }
-        if (thread == 0 && border.equals != no_limit && in_prefix(border.key))
-            atomicAdd(bins + (border.key >> shift & 255),
-                      border.equals * (by_mass ? mass_of(__uint_as_float(border.key)) : Mass{1}));
+            if (candidate && key >> above == prefix >> above) atomicAdd(bins + bin_of(key), by_mass ? mass_of(p) : Mass{1});
+        });
+        if (thread == 0 && border.equals != no_limit && border.key >> above == prefix >> above)
+            atomicAdd(bins + bin_of(border.key), border.equals * (by_mass ? mass_of(__uint_as_float(border.key)) : Mass{1}));
         __syncthreads();
-        if (thread < 32) {  // lane 0 has the 8 highest bins
+        constexpr int per_lane = sample_bins / 32;
+        if (thread < 32) {  // lane 0 has the highest bins
             Mass own = 0;
-            for (int b = 0; b < 8; ++b) own += bins[255 - 8 * lane - b];
+            for (int b = 0; b < per_lane; ++b) own += bins[sample_bins - 1 - per_lane * lane - b];
             Mass before = own;
             for (int step = 1; step < 32; step *= 2) {
                 const Mass other = __shfl_up_sync(all_lanes, before, step);
@@ -1354,16 +1369,16 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
             }
             before += passed - own;
             const unsigned exceeded = __ballot_sync(all_lanes, before + own > limit);
-            if (exceeded == 0 && lane == 0) found[0] = 256;
+            if (exceeded == 0 && lane == 0) found[0] = sample_bins;
             if (exceeded != 0 && lane == __ffs(static_cast<int>(exceeded)) - 1) {
-                int bin = 255 - 8 * lane;
+                int bin = sample_bins - 1 - per_lane * lane;
                 for (Mass here = bins[bin]; before + here <= limit; here = bins[bin]) before += here, --bin;
                 found[0] = static_cast<Mass>(bin), found[1] = before;
             }
         }
         __syncthreads();
         const Mass bin = found[0];
-        if (bin == 256) return;  // all are kept
+        if (bin == sample_bins) return;  // all are kept
         passed = found[1], prefix |= static_cast<unsigned>(bin) << shift;
     }
     const Mass equals = (limit - passed) / (by_mass ? mass_of(__uint_as_float(prefix)) : Mass{1}) + 1;
@@ -1372,17 +1387,25 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
 
 static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-    const Shared<Mass> bins = shared_memory<Mass>();  // [256]
-    const Shared<Mass> found = bins + 256;            // [2]
+    const Shared<Mass> bins = shared_memory<Mass>();  // [sample_bins]
+    const Shared<Mass> found = bins + sample_bins;    // [2]
     const Shared<Mass> above = found + 2;             // [warps] mass above the border
     const Shared<Mass> equal = above + sample_warps;  // [warps] candidates at the border
 
     // The best logit and its lowest id, as one number: floats in the order of integers, then the complement of the id
     Mass largest = 0;
-    for (int i = thread; i < d.n; i += sample_threads) {
-        const float logit = d.logits[i] + 0.0f;  // -0 and 0 are equal
-        const unsigned bits = __float_as_uint(logit), order = bits >> 31 ? ~bits : bits | 0x80000000u;
-        if (logit == logit) largest = max(largest, static_cast<Mass>(order) << 32 | ~static_cast<unsigned>(i));
+    for (int base = thread; base < d.n; base += 8 * sample_threads) {
+        float logits[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            logits[i] = base + i * sample_threads < d.n ? d.logits[base + i * sample_threads] : -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float logit = logits[i] + 0.0f;  // -0 and 0 are equal
+            const unsigned bits = __float_as_uint(logit), order = bits >> 31 ? ~bits : bits | 0x80000000u;
+            if (logit == logit && base + i * sample_threads < d.n)
+                largest = max(largest, static_cast<Mass>(order) << 32 | ~static_cast<unsigned>(base + i * sample_threads));
+        }
     }
     for (int step = 16; step >= 1; step /= 2) largest = max(largest, __shfl_xor_sync(all_lanes, largest, step));
     if (lane == 0) above[warp] = largest;
@@ -1405,11 +1428,10 @@ static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
     const int range = (d.n + sample_warps - 1) / sample_warps, first = min(d.n, warp * range), last = min(d.n, first + range);
     const auto measure = [&](Mass& total) {  // mass of all candidates
         Mass own = 0, equals = 0;
-        for (int i = first + lane; i < last; i += 32) {
-            const float p = relative_probability(d.logits[i], best, d.temperature);
+        for_probabilities(d, best, first + lane, last, 32, [&](int, float p) {
             if (__float_as_uint(p) > border.key) own += mass_of(p);
             equals += __float_as_uint(p) == border.key;
-        }
+        });
         for (int step = 16; step >= 1; step /= 2)
             own += __shfl_xor_sync(all_lanes, own, step), equals += __shfl_xor_sync(all_lanes, equals, step);
         __syncthreads();
@@ -1438,24 +1460,32 @@ static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
         passed += above[w] + min(here, room) * each;
         equals += here;
     }
-    for (int base = first; base < last; base += 32) {
-        const int i = base + lane;
-        const float p = i < last ? relative_probability(d.logits[i], best, d.temperature) : 0.0f;
-        const unsigned key = __float_as_uint(p), at_border = __ballot_sync(all_lanes, key == border.key);
-        const Mass rank = equals + static_cast<Mass>(__popc(at_border & ((1u << lane) - 1)));
-        const Mass own = key > border.key || (key == border.key && rank < border.equals) ? mass_of(p) : 0;
-        Mass until = own;
-        for (int step = 1; step < 32; step *= 2) {
-            const Mass other = __shfl_up_sync(all_lanes, until, step);
-            if (lane >= step) until += other;
+    const Mass room = border.equals - min(equals, border.equals), here = equal[warp];
+    if (point < passed || point >= passed + above[warp] + min(here, room) * each) return;  // it is in the range of one warp
+    for (int base = first; base < last; base += 8 * 32) {
+        float logits[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) logits[j] = base + 32 * j + lane < last ? d.logits[base + 32 * j + lane] : 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int i = base + 32 * j + lane;
+            const float p = i < last ? relative_probability(logits[j], best, d.temperature) : 0.0f;
+            const unsigned key = __float_as_uint(p), at_border = __ballot_sync(all_lanes, key == border.key);
+            const Mass rank = equals + static_cast<Mass>(__popc(at_border & ((1u << lane) - 1)));
+            const Mass own = key > border.key || (key == border.key && rank < border.equals) ? mass_of(p) : 0;
+            Mass until = own;
+            for (int step = 1; step < 32; step *= 2) {
+                const Mass other = __shfl_up_sync(all_lanes, until, step);
+                if (lane >= step) until += other;
+            }
+            until += passed;
+            if (until - own <= point && point < until) *d.token = i;  // of one lane
+            passed = __shfl_sync(all_lanes, until, 31);
+            equals += static_cast<Mass>(__popc(at_border));
         }
-        until += passed;
-        if (until - own <= point && point < until) *d.token = i;  // of one lane of one warp
-        passed = __shfl_sync(all_lanes, until, 31);
-        equals += static_cast<Mass>(__popc(at_border));
     }
 }
-constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (256 + 2 + 2 * sample_warps);
+constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 * sample_warps);
 
 // ═══ K10  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
