@@ -188,7 +188,11 @@ int main(int argc, char** argv) try {
                 std::printf("%-13s %-5s left out: more than %.0f s have passed\n", name, format_name(type), limit);
                 continue;
             }
-            measure(name, type, device, read, matrix, lines);
+            try {
+                measure(name, type, device, read, matrix, lines);
+            } catch (const Error& error) {  // what does not fit is said, and the rest measured
+                std::printf("%-13s %-5s left out: %s\n", name, format_name(type), error.what());
+            }
             for (; printed < lines.size(); ++printed) {
                 const Line& l = lines[printed];
                 std::printf("%-13s %-5s %-8s %5d %8d %9.1f %7.0f %8.1f  %4.1f %%\n", l.model.c_str(), l.type.c_str(),

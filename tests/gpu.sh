@@ -67,6 +67,7 @@ if [ -n "$doctest" ]; then
     grep -E "test cases:|assertions:" "$folder/tests.log"
     export LLAMA3_CUDA_GRAPHS=0
     small="rewinding*"
+    command -v compute-sanitizer >/dev/null || echo "the next two fail: compute-sanitizer of the CUDA Toolkit is not installed"
     run memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$folder/test_cuda" "-tc=$small"
     run racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "$folder/test_cuda" "-tc=$small"
     unset LLAMA3_CUDA_GRAPHS
