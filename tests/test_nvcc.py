@@ -77,10 +77,11 @@ class Nvcc(unittest.TestCase):
             self.assertGreater(len(names), 80)
 
     def test_no_kernel_spills_or_keeps_arrays_in_local_memory(self):
-        # sm_75 has flash attention only as a stub; older architectures may keep a few bytes of a wide batch on the stack
-        bad = [k for k in self.kernels if k[4] > 0 or k[3] > (64 if k[0] == "sm_75" else 0)]
+        # Turing has fewer ways to address shared memory: a few bytes of the kernels for one row go to the stack there.
+        allowed = {"sm_75": 64}
+        bad = [k for k in self.kernels if max(k[3], k[4]) > allowed.get(k[0], 0)]
         bad = [k for k in bad if not k[1].startswith("embed_rows")]  # sincosf reduces large angles in local memory
-        self.assertEqual(bad, [])
+        self.assertEqual([], bad, "\n".join(map(str, bad)))
 
     def test_registers_are_within_the_limits(self):
         for architecture, name, registers, *_ in self.kernels:
