@@ -92,6 +92,10 @@ struct Weights;
 class Device;
 class Backend;
 class KVCache;
+class Sampler;
+struct Generated;
+struct GenerateOptions;
+enum class Finish;
 
 enum class Code {
     argument,   // a value the caller passed is out of range
@@ -216,7 +220,9 @@ private:
 };
 
 std::shared_ptr<Device> cpu();                                     // this machine's processor
-std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0});  // defined in kernels.cuh: not in this version yet
+// A GPU; defined in kernels.cuh, which is compiled by nvcc. `progress` is called while weights are copied to it.
+std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
+                             const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
 
 struct Options {
     std::shared_ptr<Device> device{};  // nullptr: cpu()
@@ -224,7 +230,7 @@ struct Options {
     Format kv = Format::bf16;          // format of the cache: f32, bf16 or q8
     int threads = 0;                   // CPU threads; 0: as many as the machine gives this process
     int ranks = 1;                     // devices that share each matrix (§13)
-    int chunk = 512;                   // tokens per step of a long prompt
+    int chunk = 512;                   // tokens per step of a long prompt; a GPU is faster with 2048
     std::string isa{};                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
@@ -265,6 +271,9 @@ public:
     struct Impl;
 
 private:
+    friend class Sampler;
+    friend Finish generate(Session&, std::span<const int>, Sampler&, const GenerateOptions&,
+                           const std::function<bool(const Generated&)>&);
     std::unique_ptr<Impl> impl_;
 };
 
@@ -285,6 +294,7 @@ class Sampler {
 public:
     explicit Sampler(const Sampling& sampling = {});
     int sample(std::span<const float> logits, std::span<const int> history = {});
+    int sample(Session& session);  // from its logits and tokens; on its device, if that can draw and there is no penalty
     const Sampling& sampling() const { return sampling_; }
 
 private:
@@ -306,6 +316,7 @@ enum class Finish { end_token, length, context, cancelled, stopped };  // stoppe
 struct GenerateOptions {
     int max_tokens = -1;      // -1: until the context is full
     bool ignore_end = false;  // go on after end tokens
+    bool logits = true;       // false: Generated::logits is empty; a GPU then draws by itself and sends only the token
 };
 // Feeds the prompt (none: goes on from the session's logits), then draws tokens until one of Finish. The callback sees each
 // token before it is fed, the end token too, which has no text. Every token that was drawn is fed, so the session continues
@@ -540,7 +551,10 @@ public:
     virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
     virtual std::span<const float> logits(int i) const = 0;
     virtual StageTimes stage_times() const { return {}; }  // zeros where it is not measured
-    virtual std::string describe() const = 0;              // instruction set or device, threads, memory
+    // Draws a token from logits(i) as Sampler::sample does without a penalty, where they are; random is the next number of the
+    // sampler's generator. -1: this back end leaves it to the host.
+    virtual int draw(int /*i*/, const Sampling& /*sampling*/, std::uint64_t /*random*/) { return -1; }
+    virtual std::string describe() const = 0;  // instruction set or device, threads, memory
 };
 
 class Device {
@@ -549,6 +563,7 @@ public:
     virtual std::unique_ptr<Backend> open(const Model& model, const Options& options) = 0;
     virtual std::uint64_t cache_bytes(const Config& config, const Options& options) const = 0;
     virtual std::uint64_t activations_bytes(const Config& config, const Options& options) const = 0;
+    virtual std::uint64_t memory_bytes() const { return 0; }  // of the device itself; 0: unknown
 };
 
 // The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
@@ -1637,7 +1652,10 @@ struct Session::Impl {
     std::vector<int> tokens{};    // those in the cache; has room for all, so that adding them cannot fail
     std::vector<float> logits{};  // [V] of the last token, where has_logits
     bool has_logits = false;
-    bool busy = false;  // a feed() is running
+    int backend_row = -1;         // where the back end has them too: its logits(backend_row); -1: no longer
+    bool only_on_device = false;   // they have not been copied to `logits` yet
+    bool drawn_on_device = false;  // the last token that was drawn
+    bool busy = false;             // a feed() is running
     std::atomic<bool> cancel{false};
 };
 
@@ -1713,7 +1731,13 @@ void commit(Session::Impl& session, std::span<const int> tokens, std::span<const
     session.tokens.resize(session.tokens.size() + tokens.size());
     std::copy(tokens.begin(), tokens.end(), session.tokens.end() - static_cast<std::ptrdiff_t>(tokens.size()));
     std::copy(logits.begin(), logits.end(), session.logits.begin());
-    session.has_logits = true;
+    session.has_logits = true, session.only_on_device = false, session.backend_row = -1;
+}
+
+void bring_logits(Session::Impl& session) {
+    if (!std::exchange(session.only_on_device, false)) return;
+    const std::span<const float> logits = session.backend->logits(session.backend_row);
+    std::copy(logits.begin(), logits.end(), session.logits.begin());
 }
 
 void feed(Session::Impl& session, std::span<const int> tokens, const std::function<void(int, std::span<const float>)>* each) {
@@ -1725,6 +1749,7 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
         fail(Code::argument, where, "there are no logits to go on from", "0 tokens", "at least 1",
              "Feed the begin token at least");
     if (session.cancel) fail_cancelled(session, where);
+    bring_logits(session);
 
     const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
     int chunk = std::min<int>(count, std::min<int>(session.options.chunk, session.backend->max_rows()));
@@ -1739,7 +1764,23 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
         if (!session.backend->step({rows}, &session.cancel)) fail_cancelled(session, where);
         for (int i = 0; each && i < static_cast<int>(rows.size()); ++i) (*each)(first + i, session.backend->logits(i));
     }
-    if (count > 0) commit(session, tokens, session.backend->logits(each ? static_cast<int>(rows.size()) - 1 : 0));
+    if (count == 0) return;
+    const int row = each ? static_cast<int>(rows.size()) - 1 : 0;
+    commit(session, tokens, session.backend->logits(row));
+    session.backend_row = row;
+}
+
+// Feeds a token whose logits stay on the device, for a token that is drawn there. It cannot be cancelled: it is one step.
+void feed_on_device(Session::Impl& session, int token) {
+    const char* where = "generate";
+    InUse in_use(1);
+    in_use.add(session, where);
+    check_tokens(session, {&token, 1}, where);
+    const Row row{token, static_cast<int>(session.tokens.size()), session.cache.get(), true};
+    session.has_logits = false;  // where the step fails
+    session.backend->step({{&row, 1}}, nullptr);
+    session.tokens.push_back(token);
+    session.has_logits = session.only_on_device = true, session.backend_row = 0;
 }
 
 }  // namespace detail
@@ -1793,6 +1834,7 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
     }
     for (Impl* session : impls)
         if (session->cancel) detail::fail_cancelled(*session, where);
+    for (Impl* session : impls) detail::bring_logits(*session), session->backend_row = -1;
 
     std::vector<std::vector<float>> logits(impls.size());  // all are kept until all are there
     std::vector<Row> rows;
@@ -1811,7 +1853,8 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
 }
 
 std::span<const float> Session::logits() const {
-    const Impl& session = detail::alive(impl_, "Session::logits");
+    Impl& session = detail::alive(impl_, "Session::logits");
+    if (session.has_logits) detail::bring_logits(session);
     return session.has_logits ? std::span<const float>(session.logits) : std::span<const float>();
 }
 std::span<const int> Session::tokens() const { return detail::alive(impl_, "Session::tokens").tokens; }
@@ -1826,7 +1869,7 @@ void Session::rewind(int position) {
     const int most = this->position();
     detail::check_range("Session::rewind", position, position >= 0 && position <= most, "0 to " + std::to_string(most));
     session.tokens.resize(static_cast<std::size_t>(position));
-    session.has_logits = false;
+    session.has_logits = session.only_on_device = false;
 }
 
 // Only a store to an atomic: a signal handler may call it.
@@ -1952,6 +1995,20 @@ int Sampler::sample(std::span<const float> logits, std::span<const int> history)
     return candidates_.back().second;  // the product was rounded up to the sum
 }
 
+int Sampler::sample(Session& session) {
+    Session::Impl& s = detail::alive(session.impl_, "Sampler::sample");
+    if (s.has_logits && s.backend_row >= 0 && sampling_.repeat_penalty == 1) {
+        std::uint64_t state = state_;
+        const std::uint64_t random = sampling_.temperature == 0 ? 0 : detail::next_random(state);
+        if (const int token = s.backend->draw(s.backend_row, sampling_, random); token >= 0) {
+            s.drawn_on_device = true, state_ = state;
+            return token;
+        }
+    }
+    s.drawn_on_device = false;
+    return sample(session.logits(), session.tokens());
+}
+
 float log_probability(std::span<const float> logits, int token) {
     const detail::FloatEnvironment environment;
     detail::check_range("log_probability", token, token >= 0 && static_cast<std::size_t>(token) < logits.size(),
@@ -1986,17 +2043,18 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
             session.reset_cancel();
             return Finish::cancelled;
         }
-        const int token = sampler.sample(session.logits(), session.tokens());
+        const int token = sampler.sample(session);
         const bool end = !options.ignore_end && tokenizer.is_end(token), full = session.position() == session.context();
         std::string text = stream.push(token);
         if (end || full || drawn + 1 == options.max_tokens) text += stream.finish();
         const int position = session.position();
-        const bool go_on = !on_token || on_token({token, text, session.logits()});
+        const bool go_on = !on_token || on_token({token, text, options.logits ? session.logits() : std::span<const float>()});
         if (session.position() != position)
             detail::fail(Code::argument, "generate", "the callback changed its session",
                          std::to_string(session.position()) + " tokens", std::to_string(position),
                          "Change it between two calls");
-        if (!full && !feed({&token, 1})) return Finish::cancelled;
+        if (!full && !options.logits && session.impl_->drawn_on_device) detail::feed_on_device(*session.impl_, token);
+        else if (!full && !feed({&token, 1})) return Finish::cancelled;
         if (end) return Finish::end_token;
         if (!go_on) return Finish::stopped;
         if (full) return Finish::context;
@@ -2196,7 +2254,7 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
     const int python_tag = tokenizer.special("<|python_tag|>"), end_of_message = tokenizer.special("<|eom_id|>");
     Message reply{"assistant", ""};
     bool begins = true;
-    const Finish finish = generate(session_, to_feed, sampler_, {options_.max_tokens, false}, [&](const Generated& drawn) {
+    const Finish finish = generate(session_, to_feed, sampler_, {options_.max_tokens, false, false}, [&](const Generated& drawn) {
         if (std::exchange(begins, false)) reply.python_tag = drawn.token == python_tag;
         reply.end_of_message = drawn.token == end_of_message;
         reply.content += drawn.text;

@@ -85,7 +85,11 @@ inline std::string parse_value(std::string_view text, CacheFormat& cache, Range 
 inline std::shared_ptr<llama3::Device> device([[maybe_unused]] const DeviceName& device) {
     if (device.name == "cpu") return llama3::cpu();
 #ifdef LLAMA3_CUDA
-    return llama3::cuda(device.gpus);
+    return llama3::cuda(device.gpus, [shown = 0](std::uint64_t done, std::uint64_t total) mutable {
+        const int percent = static_cast<int>(100 * done / total);
+        if (total < 1000000000 || percent < shown + 10) return;  // large models only, every tenth
+        std::cerr << "copying the weights to the GPU: " << (shown = percent / 10 * 10) << " %\n";
+    });
 #else
     fail(llama3::Code::device,
          "--device: this program was built without CUDA (found " + json_text(device.name) + ", expected cpu). Leave it out.");
@@ -110,6 +114,7 @@ struct ModelFlags {
     llama3::Model load() {
         options.device = device(device_name);
         options.kv = kv.format;
+        if (device_name.name != "cpu") options.chunk = 2048;  // long prompts are faster in larger steps there
         return llama3::Model::load(model.empty() ? demo_model() : model);
     }
 };

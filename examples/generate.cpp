@@ -108,6 +108,8 @@ int main(int argc, char** argv) {
             if (clipped) generation.max_tokens = room;
         }
 
+        generation.logits = logits || as_json;  // else a GPU keeps them to itself
+
         std::vector<int> drawn;
         std::vector<float> logprobs;
         std::string answer;

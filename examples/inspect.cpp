@@ -49,11 +49,13 @@ std::vector<std::pair<std::string, std::string>> configuration(const llama3::Con
 }
 
 int main(int argc, char** argv) {
-    Args args("M [--verify] [--json]", "Prints a model's configuration, tensors, origin and memory plan.");
+    Args args("M [--verify] [--device D] [--json]", "Prints a model's configuration, tensors, origin and memory plan.");
     std::string path;
     bool verify = false, as_json = false;
+    DeviceName device_name;
     args.add("M", path, "model, an .l3 file");
     args.add("--verify", verify, "read everything and compare all checksums");
+    args.add("--device D", device_name, "cpu, cuda or cuda:1: whose memory is planned (cpu)");
     args.add("--json", as_json, "print one JSON object");
     args.parse(argc, argv);
     if (path.empty()) args.wrong("M", "a model is needed", "none", "an .l3 file");
@@ -71,12 +73,13 @@ int main(int argc, char** argv) {
             llama3::MemoryPlan bytes;
             std::uint64_t total() const { return bytes.weights_bytes + bytes.cache_bytes + bytes.activations_bytes; }
         };
-        const std::uint64_t memory = machine_memory();
+        const std::shared_ptr<llama3::Device> planned = device(device_name);
+        const std::uint64_t memory = device_name.name == "cpu" ? machine_memory() : planned->memory_bytes();
         std::vector<Plan> plans;
         for (int context = 1024; context <= 131072; context *= 2)
             for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8}) {
                 llama3::Options options;
-                options.context = std::min(context, config.context_length), options.kv = kv;
+                options.context = std::min(context, config.context_length), options.kv = kv, options.device = planned;
                 if (context / 2 < config.context_length) plans.push_back({options.context, kv, model.plan(options)});
             }
         const auto fits = [&](const Plan& plan) { return memory == 0 ? "unknown" : plan.total() < memory ? "yes" : "no"; };
@@ -121,7 +124,7 @@ int main(int argc, char** argv) {
         std::cout << "\nOrigin\n";
         std::string line;
         for (std::istringstream lines(model.provenance()); std::getline(lines, line);) std::cout << "  " << line << '\n';
-        std::cout << "\nMemory for one session (this machine has "
+        std::cout << "\nMemory for one session (" << (device_name.name == "cpu" ? "this machine" : device_name.name) << " has "
                   << (memory == 0 ? "?" : gigabytes(static_cast<double>(memory)))
                   << ")\n  context  cache      weights        cache      buffers        total  fits\n";
         for (const Plan& p : plans) {

@@ -167,7 +167,7 @@ check suite meson test -C build --no-rebuild
 if [ $all = yes ]; then
     for isa in baseline avx2 avx_vnni avx512; do  # avx512_bf16, where it is, was taken above
         if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
-            check "suite, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild --no-suite builds
+            check "suite, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild --no-suite builds --no-suite cuda
         else
             echo "        not run: $isa, which this machine does not have"
         fi

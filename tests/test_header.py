@@ -55,6 +55,13 @@ class Contents(unittest.TestCase):
         self.assertEqual(entries, banners)
         self.assertEqual(len(entries), 4)
 
+    def test_the_contents_of_kernels_cuh_are_its_banners(self):
+        with open(os.path.join(SOURCE, "kernels.cuh"), encoding="utf-8") as file:
+            front, code = file.read().split("#ifndef LLAMA3_KERNELS_CUH", 1)
+        entries = re.findall(r"^//\s+(K\d+)\s+(\S.*?)\s{2,}\S", front, re.M)
+        self.assertEqual(entries, re.findall(r"^// ═══ (K\d+)\s+(\S.*?) ═+$", code, re.M))
+        self.assertEqual([number for number, _ in entries], [f"K{i}" for i in range(1, 13)])
+
     def test_the_version_is_the_same_everywhere(self):
         version = re.search(r'#define LLAMA3_VERSION "(.*)"', self.code)[1]
         parts = [re.search(rf"#define LLAMA3_VERSION_{part} (\d+)", self.code)[1] for part in ("MAJOR", "MINOR", "PATCH")]

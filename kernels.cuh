@@ -1,0 +1,2318 @@
+// kernels.cuh: the CUDA back end of llama3.hpp. MIT licence, as llama3.hpp.
+//
+// It defines llama3::cuda(...). Compile it once and link it with the program, with cudart and cublasLt:
+//
+//     nvcc -std=c++20 -O3 -arch=native -x cu -c kernels.cuh -o kernels.o
+//     g++ -std=c++20 -O2 program.cpp kernels.o -L/usr/local/cuda/lib64 -lcudart -lcublasLt -pthread
+//
+// The stages are those of llama3.hpp, §3, in its order; §5 there is the specification. Up to 8 rows (decode, a few sequences at
+// once) go through one matrix x vector kernel that reads the file's panels, captured as one CUDA graph per number of rows.
+// More rows (prompts) are multiplied by cuBLASLt, one matrix at a time unpacked to bf16, and attended on tensor cores.
+//
+// Contents (each line is also a banner in the code)
+//
+//   K1   CUDA, or its emulator              named wrappers of what has no name in C++
+//   K2   Errors and launches                every call is checked
+//   K3   Number formats                     panels and caches, as a kernel reads them
+//   K4   Warps and blocks                   sums and maxima in a fixed order
+//   K5   Embedding                          rows of the table, turns of RoPE
+//   K6   Matrix x vector                    the kernel of decode: norm, product, rotation, gate, residual
+//   K7   Attention, one query at a time     split over segments of 512 positions
+//   K8   Prompts                            unpack, cuBLASLt, flash attention
+//   K9   Sampling                           a token from a row of logits
+//   K10  Memory                             weights, caches, buffers: planned before they are allocated
+//   K11  The back end                       the stages, graphs
+//   K12  The device                         llama3::cuda
+//
+// Arithmetic: no float atomics, and every sum has a fixed order. Up to 8 rows the bits of a row do not depend on the run, on
+// the other rows, on the number of blocks or of ranks; with more rows they do not depend on the run. A product that feeds a sum
+// is written as fmaf or __fmul_rn, because nvcc would fuse what it likes, differently in each instance of a template.
+//
+// Shape letters are those of llama3.hpp.
+
+#ifndef LLAMA3_KERNELS_CUH
+#define LLAMA3_KERNELS_CUH
+
+#include "llama3.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+
+// ═══ K1  CUDA, or its emulator ═════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Tests compile this file as plain C++ against tests/cuda_emu.hpp, which checks every access; so kernels touch shared memory,
+// wide loads, asynchronous copies and tensor cores only through these functions.
+
+#ifdef LLAMA3_CUDA_EMULATOR
+#include "cuda_emu.hpp"
+namespace llama3::gpu {
+using namespace cuda_emu;  // what is defined below for nvcc
+}
+#else
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace llama3::gpu {
+
+// The block's dynamic shared memory; Shared<T> is a pointer into it.
+template <class T>
+using Shared = T*;
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+    extern __shared__ uint4 llama3_shared_memory[];
+    return reinterpret_cast<T*>(llama3_shared_memory);
+}
+template <class U, class T>
+__device__ __forceinline__ U* shared_cast(T* shared) {
+    return reinterpret_cast<U*>(shared);
+}
+
+// 16 and 8 aligned bytes.
+template <class T>
+__device__ __forceinline__ T load16(const void* from) {
+    static_assert(sizeof(T) == 16);
+    return *static_cast<const T*>(from);
+}
+template <class T>
+__device__ __forceinline__ T load8(const void* from) {
+    static_assert(sizeof(T) == 8);
+    return *static_cast<const T*>(from);
+}
+template <class T>
+__device__ __forceinline__ void store16(void* to, const T& value) {
+    static_assert(sizeof(T) == 16);
+    *static_cast<T*>(to) = value;
+}
+// Weights: read once per step, so they leave no trace in L1. Only for what no kernel writes.
+__device__ __forceinline__ uint4 load_streaming16(const void* from) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ uint2 load_streaming8(const void* from) {
+    uint2 v;
+    asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+// What another block of the same launch has written: L1 is not coherent, L2 is.
+__device__ __forceinline__ float load_fresh(const float* from) { return __ldcg(from); }
+
+// Asynchronous copies of 16 bytes to shared memory; a group is what was copied since the last commit. From sm_80 on.
+__device__ __forceinline__ void copy_async16(std::uint16_t* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+#else
+    *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+__device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int groups_in_flight>
+__device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups_in_flight) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of bf16: lane 8i + r gives the address of row r of matrix i, and gets of each matrix i the elements
+// (lane / 4, 2 (lane % 4)) and the one after; transposed: (2 (lane % 4), lane / 4) and the one below.
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const std::uint16_t* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], const std::uint16_t* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+                 : "memory");
+}
+// d [16, 8] += a [16, 16] b [16, 8], bf16 into float. With g = lane / 4 and t = lane % 4 a lane holds d[g][2t], d[g][2t+1],
+// d[g+8][2t], d[g+8][2t+1]; of a, in pairs along the columns, (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); of b, in pairs along
+// the rows, (2t, g) and (2t+8, g). From sm_80 on: the host never launches it elsewhere.
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                                  std::uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    __trap();
+#endif
+}
+
+}  // namespace llama3::gpu
+#endif
+
+// ═══ K2  Errors and launches ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+namespace llama3 {
+namespace detail {
+std::vector<float> rope_frequencies(const Config& config);         // §5
+void check_ranks(const Config& config, int ranks, int available);  // §13
+}  // namespace detail
+
+namespace gpu {
+
+[[noreturn]] inline void fail(Code code, const std::string& message) { throw Error(code, message); }
+
+inline std::string gigabytes(std::uint64_t bytes) {
+    const std::uint64_t hundredths = (bytes + 5000000) / 10000000;
+    return std::to_string(hundredths / 100) + "." + std::to_string(hundredths / 10 % 10) + std::to_string(hundredths % 10) +
+           " GB";
+}
+
+// What to do about an error of CUDA.
+inline const char* advice(cudaError_t error) {
+    switch (error) {
+        case cudaErrorMemoryAllocation:
+            return "Use a shorter context (-c), --kv q8 or a smaller model, or free memory of the GPU.";
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorUnsupportedPtxVersion: return "Compile kernels.cuh for this GPU: nvcc -arch=native.";
+        case cudaErrorInsufficientDriver:
+            return "Install a newer driver of the GPU, or compile kernels.cuh with an older CUDA Toolkit.";
+        case cudaErrorNoDevice: return "Check that nvidia-smi lists a GPU, or use the CPU.";
+        case cudaErrorInvalidDevice: return "Choose one that nvidia-smi lists.";
+        default: return "Start the program anew; if it happens again, run tests/gpu.sh, which checks every kernel.";
+    }
+}
+
+// `where` is the stage, tensor or buffer; `call` the function of CUDA.
+inline void check(cudaError_t error, const char* call, const std::string& where) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // an error that is not sticky is over with this
+    fail(error == cudaErrorMemoryAllocation ? Code::memory : Code::device,
+         "CUDA, " + where + ": " + call + " failed (found " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
+             ", expected success). " + advice(error));
+}
+inline void check(cublasStatus_t status, const char* call, const std::string& where) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fail(Code::device, "cuBLASLt, " + where + ": " + call + " failed (found " + cublasLtGetStatusString(status) +
+                           ", expected success). Check that the versions of cuBLASLt and of the driver belong together.");
+}
+
+// The one place that starts kernels. The arguments are converted to the types of the kernel's parameters.
+template <class... P, class... A>
+void launch(const char* stage, void (*kernel)(P...), dim3 grid, unsigned threads, std::size_t shared_bytes, cudaStream_t stream,
+            const A&... arguments) {
+    static_assert(sizeof...(P) == sizeof...(A));
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (shared_bytes > 48 * 1024)  // more than that must be asked for
+        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_bytes)),
+              "cudaFuncSetAttribute", stage);
+#ifdef LLAMA3_CUDA_EMULATOR
+    check(cuda_emu::launch(stage, kernel, grid, dim3(threads), shared_bytes, stream, P(arguments)...), "launch", stage);
+#else
+    std::tuple<P...> values(arguments...);
+    std::apply(
+        [&](P&... value) {
+            void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
+            check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared_bytes, stream),
+                  "cudaLaunchKernel", stage);
+        },
+        values);
+#endif
+}
+
+// ═══ K3  Number formats ════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// One struct per format of weights. `decode8` gives 8 values of a row, for what is unpacked or gathered. The rest is the inner
+// loop of K6, in steps of 512 consecutive bytes per warp: lane 4v + q loads 16 bytes, which are columns of vector v and the rows
+// 4q to 4q + 3. `pack` puts the activations into shared memory as the products want them.
+//
+//     f32     float activations, fmaf                       a step is  8 columns
+//     bf16    activations rounded to bf16, fmaf in float              16 columns
+//     q8      32 activations as signed bytes with a scale, dp4a       32 columns, a block
+//     q4      likewise                                                64 columns, a unit
+
+__device__ __forceinline__ float from_bf16(std::uint32_t bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ std::uint16_t to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
+    return static_cast<std::uint32_t>(to_bf16(low)) | static_cast<std::uint32_t>(to_bf16(high)) << 16;
+}
+__device__ __forceinline__ float from_fp16(std::uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits & 0xffffu)));
+}
+__device__ __forceinline__ std::uint32_t word_at(const std::byte* at) { return *reinterpret_cast<const std::uint32_t*>(at); }
+
+constexpr float magic = 12582912.0f;    // 1.5 x 2^23: a float of this size counts in ones, so that adding it rounds,
+constexpr int magic_bits = 0x4b400000;  // and an integer added to its bits is added to the float: a conversion for free
+
+// The sum of an integer dot product that was started at magic_bits.
+__device__ __forceinline__ float dot_value(int biased) { return __int_as_float(biased) - magic; }
+
+// Where a lane is within a slice of a panel: units [begin, end), of which step i is its own.
+struct Slice {
+    const std::byte* panel;
+    int begin, end;
+};
+
+struct F32Weights {
+    static constexpr Format format = Format::f32;
+    using Loaded = uint4;
+    __host__ __device__ static int padded(int units) { return (units + 3) / 4 * 4; }  // columns that pack() fills
+    __host__ __device__ static int words(int units) { return padded(units); }         // of shared memory per row of activations
+    __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
+        shared_cast<float4>(to)[column / 4] = v;
+    }
+    __device__ static int steps(const Slice& s) { return (s.end - s.begin + 7) / 8; }
+    __device__ static Loaded load(const Slice& s, int i, int lane) {
+        const int v = s.begin + 8 * i + lane / 4;
+        if (v >= s.end) return make_uint4(0, 0, 0, 0);
+        return load_streaming16(s.panel + static_cast<std::size_t>(v) * 64 + (lane & 3) * 16);
+    }
+    template <int columns>
+    __device__ static void multiply(float (&sum)[columns][4], const Loaded& w, const Slice& s, int i, int lane,
+                                    Shared<std::uint32_t> x, int words, int) {
+        const int v = s.begin + 8 * i + lane / 4;
+        if (v >= s.end) return;
+#pragma unroll
+        for (int c = 0; c < columns; ++c) {
+            const float a = __uint_as_float(x[c * words + v]);
+            sum[c][0] = fmaf(__uint_as_float(w.x), a, sum[c][0]);
+            sum[c][1] = fmaf(__uint_as_float(w.y), a, sum[c][1]);
+            sum[c][2] = fmaf(__uint_as_float(w.z), a, sum[c][2]);
+            sum[c][3] = fmaf(__uint_as_float(w.w), a, sum[c][3]);
+        }
+    }
+    __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int units) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            out[i] =
+                column + i < units ? __uint_as_float(word_at(panel + static_cast<std::size_t>(column + i) * 64 + row * 4)) : 0;
+    }
+};
+
+struct Bf16Weights {
+    static constexpr Format format = Format::bf16;
+    using Loaded = uint4;
+    __host__ __device__ static int padded(int units) { return (units + 3) / 4 * 8; }
+    __host__ __device__ static int words(int units) { return padded(units) / 2; }
+    __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
+        shared_cast<uint2>(to)[column / 4] = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+    }
+    __device__ static int steps(const Slice& s) { return (s.end - s.begin + 7) / 8; }
+    __device__ static Loaded load(const Slice& s, int i, int lane) { return F32Weights::load(s, i, lane); }
+    template <int columns>
+    __device__ static void multiply(float (&sum)[columns][4], const Loaded& w, const Slice& s, int i, int lane,
+                                    Shared<std::uint32_t> x, int words, int) {
+        const int v = s.begin + 8 * i + lane / 4;
+        if (v >= s.end) return;
+        const std::uint32_t rows[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int c = 0; c < columns; ++c) {
+            const std::uint32_t pair = x[c * words + v];
+            const float even = from_bf16(pair), odd = __uint_as_float(pair & 0xffff0000u);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                sum[c][r] = fmaf(from_bf16(rows[r]), even, sum[c][r]);
+                sum[c][r] = fmaf(__uint_as_float(rows[r] & 0xffff0000u), odd, sum[c][r]);
+            }
+        }
+    }
+    __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int units) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int v = column / 2 + i;
+            const std::uint32_t pair = v < units ? word_at(panel + static_cast<std::size_t>(v) * 64 + row * 4) : 0;
+            out[2 * i] = from_bf16(pair), out[2 * i + 1] = __uint_as_float(pair & 0xffff0000u);
+        }
+    }
+};
+
+// What q8 and q4 share: activations as signed bytes with one scale per 32, by the rule of llama3.hpp, §8.
+struct QuantisedActivations {
+    __host__ __device__ static int padded(int units) { return 64 * units; }
+    __host__ __device__ static int words(int units) { return 18 * units; }  // 16 of bytes, then 2 scales
+    __device__ static void pack(Shared<std::uint32_t> to, int column, int units, float4 v, int lane) {
+        const std::uint32_t mask = 0x7fffffffu;
+        std::uint32_t largest = max(max(__float_as_uint(v.x) & mask, __float_as_uint(v.y) & mask),
+                                    max(__float_as_uint(v.z) & mask, __float_as_uint(v.w) & mask));
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        const bool finite = largest < 0x7f800000u;
+        const float magnitude = finite ? __uint_as_float(largest) : 0.0f;
+        const bool counts = magnitude > 7.9e-31f;  // else the inverse would overflow
+        const float inverse = counts ? 127 / magnitude : 0.0f;
+        const auto byte = [&](float x) { return __float_as_uint(fmaf(finite ? x : 0.0f, inverse, magic)) & 0xffu; };
+        if (column >= padded(units)) return;
+        to[column / 4] = byte(v.x) | byte(v.y) << 8 | byte(v.z) << 16 | byte(v.w) << 24;
+        if (lane % 8 == 0)
+            to[16 * units + column / 32] = finite ? __float_as_uint(counts ? magnitude / 127 : 0.0f) : 0x7fc00000u;
+    }
+    struct Loaded {
+        uint4 w;
+        uint2 scales;  // fp16, of the lane's four rows
+    };
+    __device__ static void unpack_scales(float (&out)[4], uint2 scales) {
+        out[0] = from_fp16(scales.x), out[1] = from_fp16(scales.x >> 16);
+        out[2] = from_fp16(scales.y), out[3] = from_fp16(scales.y >> 16);
+    }
+};
+
+struct Q8Weights : QuantisedActivations {
+    static constexpr Format format = Format::q8;
+    __device__ static int steps(const Slice& s) { return 2 * (s.end - s.begin); }
+    __device__ static Loaded load(const Slice& s, int i, int lane) {
+        const std::byte* unit = s.panel + static_cast<std::size_t>(s.begin + i / 2) * 1088;
+        return {load_streaming16(unit + i % 2 * 512 + lane * 16), load_streaming8(unit + 1024 + i % 2 * 32 + lane % 4 * 8)};
+    }
+    template <int columns>
+    __device__ static void multiply(float (&sum)[columns][4], const Loaded& l, const Slice& s, int i, int lane,
+                                    Shared<std::uint32_t> x, int words, int units) {
+        const int block = 2 * s.begin + i;
+        const std::uint32_t rows[4] = {l.w.x, l.w.y, l.w.z, l.w.w};
+        float scales[4];
+        unpack_scales(scales, l.scales);
+#pragma unroll
+        for (int c = 0; c < columns; ++c) {
+            const int a = static_cast<int>(x[c * words + 8 * block + lane / 4]);
+            const float scale = __uint_as_float(x[c * words + 16 * units + block]);
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                sum[c][r] =
+                    fmaf(dot_value(__dp4a(static_cast<int>(rows[r]), a, magic_bits)), __fmul_rn(scales[r], scale), sum[c][r]);
+        }
+    }
+    __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int) {
+        const std::byte* unit = panel + static_cast<std::size_t>(column / 64) * 1088;
+        const float scale = from_fp16(*reinterpret_cast<const std::uint16_t*>(unit + 1024 + column % 64 / 32 * 32 + 2 * row));
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const std::uint32_t bytes = word_at(unit + (column % 64 / 4 + i) * 64 + 4 * row);
+#pragma unroll
+            for (int b = 0; b < 4; ++b)
+                out[4 * i + b] = __fmul_rn(static_cast<float>(static_cast<std::int8_t>(bytes >> 8 * b & 0xffu)), scale);
+        }
+    }
+};
+
+struct Q4Weights : QuantisedActivations {
+    static constexpr Format format = Format::q4;
+    __device__ static int steps(const Slice& s) { return s.end - s.begin; }
+    __device__ static Loaded load(const Slice& s, int i, int lane) {
+        const std::byte* unit = s.panel + static_cast<std::size_t>(s.begin + i) * 576;
+        return {load_streaming16(unit + lane * 16), load_streaming8(unit + 512 + lane / 16 * 32 + lane % 4 * 8)};
+    }
+    template <int columns>
+    __device__ static void multiply(float (&sum)[columns][4], const Loaded& l, const Slice& s, int i, int lane,
+                                    Shared<std::uint32_t> x, int words, int units) {
+        const int unit = s.begin + i;
+        const std::uint32_t rows[4] = {l.w.x, l.w.y, l.w.z, l.w.w};
+        float scales[4];
+        unpack_scales(scales, l.scales);
+#pragma unroll
+        for (int c = 0; c < columns; ++c) {
+            const int low = static_cast<int>(x[c * words + 16 * unit + lane / 4 * 2]);
+            const int high = static_cast<int>(x[c * words + 16 * unit + lane / 4 * 2 + 1]);
+            const float scale = __uint_as_float(x[c * words + 16 * units + 2 * unit + lane / 16]);
+            // Σ (nibble - 8) x = Σ nibble x - 8 Σ x: one correction for the four rows
+            const int eights = static_cast<int>(0xf8f8f8f8u);
+            const int start = __dp4a(eights, low, __dp4a(eights, high, magic_bits));
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                const int dot = __dp4a(static_cast<int>(rows[r] & 0x0f0f0f0fu), low,
+                                       __dp4a(static_cast<int>(rows[r] >> 4 & 0x0f0f0f0fu), high, start));
+                sum[c][r] = fmaf(dot_value(dot), __fmul_rn(scales[r], scale), sum[c][r]);
+            }
+        }
+    }
+    __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int) {
+        const std::byte* unit = panel + static_cast<std::size_t>(column / 64) * 576;
+        const float scale = from_fp16(*reinterpret_cast<const std::uint16_t*>(unit + 512 + column % 64 / 32 * 32 + 2 * row));
+        const std::uint32_t bytes = word_at(unit + column % 64 / 8 * 64 + 4 * row);
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+            out[b] = __fmul_rn(static_cast<float>(static_cast<int>(bytes >> 8 * b & 15u) - 8), scale);
+            out[4 + b] = __fmul_rn(static_cast<float>(static_cast<int>(bytes >> (8 * b + 4) & 15u) - 8), scale);
+        }
+    }
+};
+
+// A matrix in panels on the device; the fields are those of llama3::Matrix.
+struct Panels {
+    const std::byte* data;
+    std::size_t stride;
+    int rows, units, segments;
+    Panels() = default;
+    explicit Panels(const Matrix& m)
+        : data(m.data), stride(m.panel_stride), rows(m.rows), units(m.units()), segments(m.segments) {}
+    __host__ __device__ int panels() const { return (rows + 15) / 16; }
+    __device__ const std::byte* panel(int i) const { return data + static_cast<std::size_t>(i) * stride; }
+};
+
+// A row of a batch, in the table in device memory from which kernels read everything that changes from step to step.
+struct RowEntry {
+    int token, position;
+    int capacity;  // of its cache
+    int unused;
+    std::byte* cache;
+};
+
+// Caches: keys [L][K][P][E], values likewise; for q8 then the fp16 scales of the keys, [L][K][P][E/32], and of the values. P is
+// the capacity of the sequence's cache. Every pointer follows from these.
+struct CacheShape {
+    Format format;
+    int layers, kv_heads, head_dim;
+    __host__ __device__ std::size_t elements(int capacity) const {
+        return static_cast<std::size_t>(layers) * static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(capacity) *
+               static_cast<std::size_t>(head_dim);
+    }
+    __host__ __device__ std::size_t element(int capacity, int layer, int head, int position) const {
+        const std::size_t row = static_cast<std::size_t>(layer * kv_heads + head) * static_cast<std::size_t>(capacity);
+        return (row + static_cast<std::size_t>(position)) * static_cast<std::size_t>(head_dim);
+    }
+    __host__ __device__ std::size_t element_bytes() const { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+    __host__ __device__ std::size_t bytes(int capacity) const {
+        return 2 * elements(capacity) * element_bytes() + (format == Format::q8 ? elements(capacity) / 8 : 0);
+    }
+};
+
+// Keys (or values) of one sequence, as a kernel reads them: 8 channels from element `at` on.
+struct CacheView {
+    const std::byte* data;
+    const std::byte* scales;
+    __device__ CacheView(const CacheShape& shape, const RowEntry& row, bool values) {
+        const std::size_t elements = shape.elements(row.capacity);
+        data = row.cache + (values ? elements * shape.element_bytes() : 0);
+        scales = row.cache + 2 * elements + (values ? elements / 16 : 0);
+    }
+};
+struct CacheF32 {
+    struct Loaded {
+        float4 a, b;
+    };
+    __device__ static Loaded load(const CacheView& view, std::size_t at) {
+        return {load16<float4>(view.data + 4 * at), load16<float4>(view.data + 4 * at + 16)};
+    }
+    __device__ static void unpack(float (&out)[8], const Loaded& l) {
+        out[0] = l.a.x, out[1] = l.a.y, out[2] = l.a.z, out[3] = l.a.w;
+        out[4] = l.b.x, out[5] = l.b.y, out[6] = l.b.z, out[7] = l.b.w;
+    }
+    __device__ static Loaded zero() { return {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)}; }
+};
+struct CacheBf16 {
+    using Loaded = uint4;
+    __device__ static Loaded load(const CacheView& view, std::size_t at) { return load16<uint4>(view.data + 2 * at); }
+    __device__ static void unpack(float (&out)[8], const Loaded& l) {
+        const std::uint32_t words[4] = {l.x, l.y, l.z, l.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[2 * i] = from_bf16(words[i]), out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+    __device__ static Loaded zero() { return make_uint4(0, 0, 0, 0); }
+};
+struct CacheQ8 {
+    struct Loaded {
+        uint2 bytes;
+        std::uint32_t scale;
+    };
+    __device__ static Loaded load(const CacheView& view, std::size_t at) {
+        return {load8<uint2>(view.data + at), *reinterpret_cast<const std::uint16_t*>(view.scales + at / 32 * 2)};
+    }
+    __device__ static void unpack(float (&out)[8], const Loaded& l) {
+        const float scale = from_fp16(l.scale);
+        const std::uint32_t words[2] = {l.bytes.x, l.bytes.y};
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            out[i] = __fmul_rn(static_cast<float>(static_cast<std::int8_t>(words[i / 4] >> 8 * (i % 4) & 0xffu)), scale);
+    }
+    __device__ static Loaded zero() { return {make_uint2(0, 0), 0}; }
+};
+
+// Stores 32 channels of a key or value, one per lane of a whole warp. q8: the rule of llama3.hpp, §8 (quantise_channels).
+__device__ inline void store_channels(const CacheShape& shape, const RowEntry& row, bool values, std::size_t at, float x,
+                                      int lane) {
+    const std::size_t elements = shape.elements(row.capacity);
+    std::byte* data = row.cache + (values ? elements * shape.element_bytes() : 0);
+    if (shape.format == Format::f32) {
+        reinterpret_cast<float*>(data)[at] = x;
+    } else if (shape.format == Format::bf16) {
+        reinterpret_cast<std::uint16_t*>(data)[at] = to_bf16(x);
+    } else {
+        std::uint32_t largest = __float_as_uint(x) & 0x7fffffffu;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        const bool finite = largest < 0x7f800000u;
+        const float scale = finite ? __uint_as_float(largest) / 127 : 0.0f, inverse = scale > 1e-35f ? 1 / scale : 0.0f;
+        const float rounded =
+            fminf(fmaxf(__fadd_rn(__fmul_rn(finite ? x : 0.0f, inverse), x < 0 ? -0.5f : 0.5f), -127.0f), 127.0f);
+        reinterpret_cast<std::int8_t*>(data)[at] = static_cast<std::int8_t>(static_cast<int>(rounded));
+        std::byte* scales = row.cache + 2 * elements + (values ? elements / 16 : 0);
+        if (lane == 0)
+            reinterpret_cast<std::uint16_t*>(scales)[at / 32] = finite ? __half_as_ushort(__float2half_rn(scale)) : 0x7e00;
+    }
+}
+
+// Calls f(F32Weights{}), ...: the places where a format's id becomes its struct.
+template <class F>
+void with_format(Format format, const F& f) {
+    switch (format) {
+        case Format::f32: return f(F32Weights{});
+        case Format::bf16: return f(Bf16Weights{});
+        case Format::q8: return f(Q8Weights{});
+        default: return f(Q4Weights{});
+    }
+}
+template <class F>
+void with_cache(Format format, const F& f) {
+    switch (format) {
+        case Format::f32: return f(CacheF32{});
+        case Format::bf16: return f(CacheBf16{});
+        default: return f(CacheQ8{});
+    }
+}
+template <int value>
+using Constant = std::integral_constant<int, value>;
+template <class F>
+void with_head_dim(int head_dim, const F& f) {
+    if (head_dim == 64) f(Constant<64>{});
+    else f(Constant<128>{});
+}
+
+// ═══ K4  Warps and blocks ══════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Sums are trees over lanes and then over warps: the same order in every run. Every thread of the warp or block takes part.
+
+constexpr unsigned all_lanes = 0xffffffffu;
+
+__device__ __forceinline__ float sum_warp(float x) {
+#pragma unroll
+    for (int step = 16; step >= 1; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, step));
+    return x;
+}
+__device__ __forceinline__ float max_warp(float x) {
+#pragma unroll
+    for (int step = 16; step >= 1; step /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, step));
+    return x;
+}
+// values[0] + values[stride] + ... of n values, a power of two, as the tree ((0 + 1) + (2 + 3)) + ...
+template <int n>
+__device__ __forceinline__ float sum_tree(Shared<float> values, int stride) {
+    if constexpr (n == 1) return values[0];
+    else return __fadd_rn(sum_tree<n / 2>(values, stride), sum_tree<n / 2>(values + n / 2 * stride, stride));
+}
+// The sum over a block of `warps` warps, a power of two; scratch [warps].
+template <int warps>
+__device__ float sum_block(float x, Shared<float> scratch) {
+    x = sum_warp(x);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+    __syncthreads();
+    const float sum = sum_tree<warps>(scratch, 1);
+    __syncthreads();  // scratch may be used again
+    return sum;
+}
+
+// Columns k to k + 3 of a row of `width` floats; zeros behind its end.
+__device__ __forceinline__ float4 load_columns(const float* x, int k, int width) {
+    if (k + 4 <= width) return load16<float4>(x + k);
+    return make_float4(k < width ? x[k] : 0, k + 1 < width ? x[k + 1] : 0, k + 2 < width ? x[k + 2] : 0, 0);
+}
+__device__ __forceinline__ float sum_of_squares(float sum, float4 v) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+}
+__device__ __forceinline__ float4 scaled(float4 v, float inverse, float4 weight) {
+    return make_float4(__fmul_rn(__fmul_rn(v.x, inverse), weight.x), __fmul_rn(__fmul_rn(v.y, inverse), weight.y),
+                       __fmul_rn(__fmul_rn(v.z, inverse), weight.z), __fmul_rn(__fmul_rn(v.w, inverse), weight.w));
+}
+
+// Rows of activations on their way into a product.
+struct Input {
+    const float* x;  // [rows, stride]
+    std::size_t stride;
+    int width;          // columns that count
+    const float* norm;  // weights of an RMSNorm [width]; nullptr: taken as they are
+    float eps;
+    const int* rows;  // input i is row rows[i]; nullptr: row i
+    __device__ const float* row(int i) const { return x + static_cast<std::size_t>(rows ? rows[i] : i) * stride; }
+};
+
+// 1 / sqrt(mean(x²) + ε), by a block of `warps` warps
+template <int warps>
+__device__ float inverse_norm(const float* x, int width, float eps, Shared<float> scratch) {
+    float squares = 0;
+    for (int k = 4 * static_cast<int>(threadIdx.x); k < width; k += 4 * 32 * warps)
+        squares = sum_of_squares(squares, load_columns(x, k, width));
+    return 1 / sqrtf(sum_block<warps>(squares, scratch) / static_cast<float>(width) + eps);
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
+
+// ═══ K5  Embedding ═════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+// x[t] = table[token[t]], and cos and sin of position[t] θ'[i].          One block per row.        x: [T, D], turns: [T, E/2][2]
+template <class W>
+__global__ void embed_rows(Panels table, const RowEntry* rows, float* x, std::size_t stride, int width,
+                           const float* frequencies, float* turns, int head_dim) {
+    const int t = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    const RowEntry row = rows[t];
+    const std::byte* panel = table.panel(row.token / 16);
+    for (int k = 8 * thread; k < width; k += 8 * static_cast<int>(blockDim.x)) {
+        float values[8];
+        W::decode8(values, panel, row.token % 16, k, table.units);
+        float* to = x + static_cast<std::size_t>(t) * stride + k;
+        for (int i = 0; i < 8; ++i)
+            if (k + i < width) to[i] = values[i];
+    }
+    for (int i = thread; i < head_dim / 2; i += static_cast<int>(blockDim.x)) {
+        float sine, cosine;
+        sincosf(__fmul_rn(static_cast<float>(row.position), frequencies[i]), &sine, &cosine);
+        float* to = turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(head_dim) + 2 * i;
+        to[0] = cosine, to[1] = sine;
+    }
+}
+
+// Rotates one element of a RoPE pair; `other` is its partner.
+__device__ __forceinline__ float rotate(float x, float other, bool second, float cosine, float sine) {
+    return second ? fmaf(other, sine, __fmul_rn(x, cosine)) : fmaf(x, cosine, -__fmul_rn(other, sine));
+}
+
+// ═══ K6  Matrix x vector ═══════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// y = W h for 1, 2, 4 or 8 rows h at once, which share one reading of W. A block of 16 warps stages the rows in shared memory,
+// normalised and in the format of the products, once; then it takes items, a fixed number of panels each, until none is left. The
+// 16 warps of an item share its panels: with one panel each warp has a sixteenth of the columns (a half of a segment of W_o and
+// W_down), with two an eighth. So 2048 rows fill a large card, and every warp streams one piece of memory.
+//
+// Order of a sum: a lane's chain, a tree over the 8 lanes with the same rows, a tree over the slices. The slices lie in the
+// segments of the file, so R ranks, which own 8/R segments each and take R panels at a time, have the same slices and sub-trees.
+
+constexpr int matvec_warps = 16, matvec_threads = 32 * matvec_warps, matvec_rows = 8;
+
+// Where slice `s` of `slices` begins: equal parts of the segments, in units.
+__device__ __forceinline__ int slice_begin(int units, int segments, int slices, int s) {
+    const int per_segment = slices / segments, segment = s / per_segment, part = units / segments;
+    return segment * part + part * (s % per_segment) / per_segment;
+}
+
+// Sums of 4 rows over the 8 lanes that have the same ones: lane 4v + q gets row row_of_lane(lane).
+__device__ __forceinline__ int row_of_lane(int lane) { return 4 * (lane & 3) + (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0); }
+__device__ __forceinline__ float sum_rows(const float (&sum)[4], int lane) {
+    const bool high = lane & 16, odd = lane & 8;
+    const float a = __fadd_rn(high ? sum[2] : sum[0], __shfl_xor_sync(all_lanes, high ? sum[0] : sum[2], 16));
+    const float b = __fadd_rn(high ? sum[3] : sum[1], __shfl_xor_sync(all_lanes, high ? sum[1] : sum[3], 16));
+    const float c = __fadd_rn(odd ? b : a, __shfl_xor_sync(all_lanes, odd ? a : b, 8));
+    return __fadd_rn(c, __shfl_xor_sync(all_lanes, c, 4));
+}
+
+// Sums of an item in shared memory: [panel of the item][column][16 rows].
+template <int columns>
+struct Totals {
+    Shared<float> values;
+    __device__ float operator()(int panel, int column, int row) const { return values[(panel * columns + column) * 16 + row]; }
+};
+
+template <class W, int columns>
+constexpr int matvec_blocks_per_sm =  // two hide each other's barriers; more columns need the registers
+    columns == 1 || (columns == 2 && !std::is_base_of_v<QuantisedActivations, W>) ? 2 : 1;
+
+template <class W, int columns>
+std::size_t matvec_shared_bytes(int units) {
+    return sizeof(float) * (static_cast<std::size_t>(columns) * static_cast<std::size_t>(W::words(units)) +
+                            static_cast<std::size_t>(2 * matvec_warps * 16 * columns));
+}
+
+// Epilogue: what an item is, and what becomes of its sums.              n <= columns rows are used, input row first + c each
+template <class W, int columns, class Epilogue>
+__global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, columns>)
+    matvec(Input input, Epilogue epilogue, int first, int n) {
+    constexpr int panels = Epilogue::panels, slices = matvec_warps / panels;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int units = epilogue.units(), words = W::words(units);
+    const Shared<std::uint32_t> x = shared_memory<std::uint32_t>();
+    const Shared<float> partial = shared_cast<float>(x + columns * words);  // [panels][slices][columns][16]
+    const Shared<float> total = partial + matvec_warps * columns * 16;
+
+    for (int c = 0; c < columns; ++c) {
+        const float* row = input.row(first + (c < n ? c : 0));
+        const float inverse = input.norm ? inverse_norm<matvec_warps>(row, input.width, input.eps, total) : 1.0f;
+        for (int base = 128 * warp; base < W::padded(units); base += 128 * matvec_warps) {
+            const int k = base + 4 * lane;
+            float4 v = load_columns(row, k, input.width);
+            if (input.norm) v = scaled(v, inverse, load_columns(input.norm, k, input.width));
+            if (k < W::padded(units) || std::is_base_of_v<QuantisedActivations, W>) W::pack(x + c * words, k, units, v, lane);
+        }
+    }
+    __syncthreads();
+
+    for (int item = static_cast<int>(blockIdx.x); item < epilogue.items(); item += static_cast<int>(gridDim.x)) {
+        float sum[columns][4] = {};
+        const int slice = warp % slices;
+        const std::byte* panel = epilogue.panel(item, warp / slices);
+        if (panel) {
+            const Slice s{panel, slice_begin(units, epilogue.segments(), slices, slice),
+                          slice_begin(units, epilogue.segments(), slices, slice + 1)};
+            constexpr int in_flight = 4;  // 64 KB for 32 warps on an SM: enough to cover the latency of the memory
+            const int steps = W::steps(s);
+            for (int i = 0; i < steps; i += in_flight) {
+                typename W::Loaded loaded[in_flight] = {};
+#pragma unroll
+                for (int j = 0; j < in_flight; ++j)
+                    if (i + j < steps) loaded[j] = W::load(s, i + j, lane);
+#pragma unroll
+                for (int j = 0; j < in_flight; ++j)
+                    if (i + j < steps) W::template multiply<columns>(sum, loaded[j], s, i + j, lane, x, words, units);
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < columns; ++c) {
+            const float value = sum_rows(sum[c], lane);
+            if ((lane & 4) == 0) partial[(warp * columns + c) * 16 + row_of_lane(lane)] = value;
+        }
+        __syncthreads();
+        for (int i = thread; i < panels * columns * 16; i += matvec_threads) {
+            const Shared<float> parts = partial + (i / (16 * columns) * slices * columns + i / 16 % columns) * 16 + i % 16;
+            total[i] = sum_tree<slices>(parts, columns * 16);
+        }
+        __syncthreads();
+        epilogue.finish(item, Totals<columns>{total}, first, n);
+    }
+}
+
+// out = W h                                                              `panels_` panels per item
+template <int panels_>
+struct StoreRows {
+    static constexpr int panels = panels_;
+    Panels w;
+    float* out;
+    std::size_t stride;
+    __host__ __device__ int items() const { return (w.panels() + panels - 1) / panels; }
+    __host__ __device__ int units() const { return w.units; }
+    __device__ int segments() const { return w.segments; }
+    __device__ const std::byte* panel(int item, int part) const {
+        return item * panels + part < w.panels() ? w.panel(item * panels + part) : nullptr;
+    }
+    template <class T>
+    __device__ void finish(int item, const T& total, int first, int n) const {
+        for (int i = static_cast<int>(threadIdx.x); i < panels * 16 * n; i += matvec_threads) {
+            const int c = i / (panels * 16), part = i / 16 % panels, row = (item * panels + part) * 16 + i % 16;
+            if (row < w.rows)
+                out[static_cast<std::size_t>(first + c) * stride + static_cast<std::size_t>(row)] = total(part, c, i % 16);
+        }
+    }
+};
+
+// x += W h: each element has one owner
+struct AddRows : StoreRows<1> {
+    template <class T>
+    __device__ void finish(int item, const T& total, int first, int n) const {
+        for (int i = static_cast<int>(threadIdx.x); i < 16 * n; i += matvec_threads) {
+            const int row = item * 16 + i % 16;
+            float* x = out + static_cast<std::size_t>(first + i / 16) * stride + row;
+            if (row < w.rows) *x = __fadd_rn(*x, total(0, i / 16, i % 16));
+        }
+    }
+};
+
+// hidden = SiLU(W_gate h) ⊙ (W_up h): an item is the same panel of both
+struct GateUp {
+    static constexpr int panels = 2;
+    Panels gate, up;
+    float* hidden;
+    std::size_t stride;
+    __host__ __device__ int items() const { return gate.panels(); }
+    __host__ __device__ int units() const { return gate.units; }
+    __device__ int segments() const { return 1; }
+    __device__ const std::byte* panel(int item, int part) const { return part == 0 ? gate.panel(item) : up.panel(item); }
+    template <class T>
+    __device__ void finish(int item, const T& total, int first, int n) const {
+        for (int i = static_cast<int>(threadIdx.x); i < 16 * n; i += matvec_threads) {
+            const int c = i / 16, row = item * 16 + i % 16;
+            if (row < gate.rows)
+                hidden[static_cast<std::size_t>(first + c) * stride + static_cast<std::size_t>(row)] =
+                    __fmul_rn(silu(total(0, c, i % 16)), total(1, c, i % 16));
+        }
+    }
+};
+
+// query = RoPE(W_q h), and RoPE(W_k h) and W_v h go to the cache. An item is 32 rows, the channels that share a scale in a q8 cache;
+// a warp finishes one column, lane = row. Heads of 64 and 128 channels never end within an item.
+struct ProjectQkv {
+    static constexpr int panels = 2;
+    Panels query, key, value;
+    float* out;  // [T, H*E]
+    std::size_t stride;
+    const RowEntry* rows;
+    const float* turns;
+    CacheShape cache;
+    int layer;
+    __host__ __device__ int items() const { return (query.rows + key.rows + value.rows) / 32; }
+    __host__ __device__ int units() const { return query.units; }
+    __device__ int segments() const { return 1; }
+    __device__ const std::byte* panel(int item, int part) const {
+        const int i = 2 * item + part, queries = query.panels(), keys = key.panels();
+        return i < queries ? query.panel(i) : i < queries + keys ? key.panel(i - queries) : value.panel(i - queries - keys);
+    }
+    template <class T>
+    __device__ void finish(int item, const T& total, int first, int n) const {
+        const int c = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+        if (c >= n) return;
+        const int row = item * 32 + lane, t = first + c, channel = row % cache.head_dim;
+        float x = total(lane / 16, c, lane % 16);
+        if (row < query.rows + key.rows) {
+            const float* turn = turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(cache.head_dim) + (channel & ~1);
+            x = rotate(x, total(lane / 16, c, (lane % 16) ^ 1), lane & 1, turn[0], turn[1]);
+        }
+        if (row < query.rows) {
+            out[static_cast<std::size_t>(t) * stride + static_cast<std::size_t>(row)] = x;
+        } else {
+            const bool values = row >= query.rows + key.rows;
+            const int head = (row - query.rows - (values ? key.rows : 0)) / cache.head_dim;
+            const RowEntry entry = rows[t];
+            const std::size_t at =
+                cache.element(entry.capacity, layer, head, entry.position) + static_cast<std::size_t>(channel);
+            store_channels(cache, entry, values, at, x, lane);
+        }
+    }
+};
+
+// ═══ K7  Attention, one query at a time ════════════════════════════════════════════════════════════════════════════════════════
+//
+// mixed[t, head] = softmax(query · keysᵀ / √E) values. A block serves all query heads of a key/value head (up to 8), so keys and
+// values are read once, and one segment of 512 positions, so that a long context fills the card. Where there is more than one
+// segment, the block of a head that finishes last joins them in order.
+
+constexpr int attend_warps = 8, attend_threads = 32 * attend_warps;
+
+struct Attend {
+    const float* query;  // [T, H*E]
+    std::size_t query_stride;
+    float* mixed;  // [T, H*E]
+    std::size_t mixed_stride;
+    const RowEntry* rows;
+    CacheShape cache;
+    int layer;
+    int shared;         // G: query heads per key/value head
+    int first;          // row of blockIdx.z = 0
+    int splits;         // segments that the buffers have room for
+    float* partial;     // [rows, groups, splits, heads, E]: values weighted by e^(score - largest)
+    float* statistics;  // [rows, groups, splits, heads, 2]: largest score, sum of the weights
+    unsigned* tickets;  // [rows, groups]: blocks that are done; zero between launches
+};
+
+// The sum of a head's channels over the warps needs as much shared memory as the scores, which are done with by then.
+template <int head_dim, int heads>
+constexpr std::size_t attend_shared_bytes = sizeof(float) * (heads * attend_warps * head_dim + 2 * heads + 1);
+
+template <class C, int head_dim, int heads>
+__global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
+    static_assert(attend_warps * head_dim >= attention_segment && heads <= attend_warps);
+    constexpr int lanes = head_dim / 8, per_warp = 32 / lanes, stride = attend_warps * per_warp, in_flight = 4;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, part = lane % lanes;
+    const int groups = (a.shared + heads - 1) / heads, kv_head = static_cast<int>(blockIdx.x) / groups;
+    const int head0 = static_cast<int>(blockIdx.x) % groups * heads, n_heads = min(heads, a.shared - head0);
+    const int t = a.first + static_cast<int>(blockIdx.z), split = static_cast<int>(blockIdx.y);
+    const RowEntry row = a.rows[t];
+    const int n = row.position + 1, begin = split * attention_segment, count = min(attention_segment, n - begin);
+    if (count <= 0) return;
+
+    const Shared<float> scores = shared_memory<float>();                        // [heads][512], then [warps][heads][E]
+    const Shared<float> statistics = scores + heads * attend_warps * head_dim;  // [heads][2]
+    const Shared<unsigned> is_last = shared_cast<unsigned>(statistics + 2 * heads);
+    const std::size_t at = a.cache.element(row.capacity, a.layer, kv_head, begin) + static_cast<std::size_t>(8 * part);
+    const int own = warp * per_warp + lane / lanes;  // this lane's positions are own, own + stride, ...
+    const int first_head = kv_head * a.shared + head0;
+
+    {  // scores[h][j] = query[h] · key[j] / √E
+        const CacheView keys(a.cache, row, false);
+        float query[heads][8];
+#pragma unroll
+        for (int h = 0; h < heads; ++h) {
+            const float* from = a.query + static_cast<std::size_t>(t) * a.query_stride + (first_head + h) * head_dim + 8 * part;
+            const float4 zero = make_float4(0, 0, 0, 0);
+            const float4 q0 = h < n_heads ? load16<float4>(from) : zero, q1 = h < n_heads ? load16<float4>(from + 4) : zero;
+            query[h][0] = q0.x, query[h][1] = q0.y, query[h][2] = q0.z, query[h][3] = q0.w;
+            query[h][4] = q1.x, query[h][5] = q1.y, query[h][6] = q1.z, query[h][7] = q1.w;
+        }
+        const float scale = 1 / sqrtf(static_cast<float>(head_dim));
+        for (int base = 0; base < count; base += in_flight * stride) {
+            typename C::Loaded loaded[in_flight];
+#pragma unroll
+            for (int i = 0; i < in_flight; ++i) {
+                const int j = base + i * stride + own;
+                loaded[i] = j < count ? C::load(keys, at + static_cast<std::size_t>(j) * head_dim) : C::zero();
+            }
+#pragma unroll
+            for (int i = 0; i < in_flight; ++i) {
+                const int j = base + i * stride + own;
+                float key[8];
+                C::unpack(key, loaded[i]);
+#pragma unroll
+                for (int h = 0; h < heads; ++h) {
+                    float dot = 0;
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) dot = fmaf(query[h][e], key[e], dot);
+#pragma unroll
+                    for (int step = lanes / 2; step >= 1; step /= 2)
+                        dot = __fadd_rn(dot, __shfl_xor_sync(all_lanes, dot, step));
+                    if (part == h && j < count) scores[h * attention_segment + j] = __fmul_rn(dot, scale);
+                }
+            }
+        }
+    }
+    __syncthreads();
+    if (warp < heads) {  // softmax of a head, but for the division
+        const Shared<float> own_scores = scores + warp * attention_segment;
+        float largest = -INFINITY, sum = 0;
+        for (int j = lane; j < count; j += 32) largest = fmaxf(largest, own_scores[j]);
+        largest = max_warp(largest);
+        for (int j = lane; j < count; j += 32) {
+            const float p = expf(own_scores[j] - largest);
+            own_scores[j] = p;
+            sum = __fadd_rn(sum, p);
+        }
+        sum = sum_warp(sum);
+        if (lane == 0) statistics[2 * warp] = largest, statistics[2 * warp + 1] = sum;
+    }
+    __syncthreads();
+    {  // values weighted by the scores
+        const CacheView values(a.cache, row, true);
+        float mix[heads][8] = {};
+        for (int base = 0; base < count; base += in_flight * stride) {
+            typename C::Loaded loaded[in_flight];
+#pragma unroll
+            for (int i = 0; i < in_flight; ++i) {
+                const int j = base + i * stride + own;
+                loaded[i] = j < count ? C::load(values, at + static_cast<std::size_t>(j) * head_dim) : C::zero();
+            }
+#pragma unroll
+            for (int i = 0; i < in_flight; ++i) {
+                const int j = base + i * stride + own;
+                if (j >= count) continue;
+                float value[8];
+                C::unpack(value, loaded[i]);
+#pragma unroll
+                for (int h = 0; h < heads; ++h) {
+                    const float p = scores[h * attention_segment + j];
+#pragma unroll
+                    for (int e = 0; e < 8; ++e) mix[h][e] = fmaf(p, value[e], mix[h][e]);
+                }
+            }
+        }
+        __syncthreads();  // the scores are done with
+#pragma unroll
+        for (int h = 0; h < heads; ++h)
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                float x = mix[h][e];
+#pragma unroll
+                for (int step = 16; step >= lanes; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, step));
+                if (lane < lanes) scores[(warp * heads + h) * head_dim + 8 * part + e] = x;
+            }
+    }
+    __syncthreads();
+
+    const int segments = (n + attention_segment - 1) / attention_segment;
+    const std::size_t group = static_cast<std::size_t>(blockIdx.z * gridDim.x + blockIdx.x);
+    const std::size_t first_partial = group * static_cast<std::size_t>(a.splits) * heads;
+    for (int i = thread; i < n_heads * head_dim; i += attend_threads) {
+        const int h = i / head_dim;
+        float x = scores[i];
+        for (int w = 1; w < attend_warps; ++w) x = __fadd_rn(x, scores[w * heads * head_dim + i]);
+        if (segments == 1) {
+            a.mixed[static_cast<std::size_t>(t) * a.mixed_stride + first_head * head_dim + i] = x / statistics[2 * h + 1];
+        } else {
+            const std::size_t index = first_partial + static_cast<std::size_t>(split * heads + h);
+            a.partial[index * head_dim + i % head_dim] = x;
+            if (i % head_dim < 2) a.statistics[2 * index + i % head_dim] = statistics[2 * h + i % head_dim];
+        }
+    }
+    if (segments == 1) return;
+
+    __threadfence();  // what this block wrote is visible before its ticket is
+    __syncthreads();
+    if (thread == 0) {
+        const bool last = atomicAdd(a.tickets + group, 1u) + 1 == static_cast<unsigned>(segments);
+        is_last[0] = last;
+        if (last) a.tickets[group] = 0;
+    }
+    __syncthreads();
+    if (!is_last[0]) return;
+    __threadfence();
+    for (int i = thread; i < n_heads * head_dim; i += attend_threads) {
+        float largest = -INFINITY, sum = 0, mix = 0;
+        for (int s = 0; s < segments; ++s) {
+            const std::size_t index = first_partial + static_cast<std::size_t>(s * heads + i / head_dim);
+            const float segment_largest = load_fresh(a.statistics + 2 * index), both = fmaxf(largest, segment_largest);
+            const float old_share = expf(largest - both), new_share = expf(segment_largest - both);
+            sum = fmaf(load_fresh(a.statistics + 2 * index + 1), new_share, __fmul_rn(sum, old_share));
+            mix = fmaf(load_fresh(a.partial + index * head_dim + i % head_dim), new_share, __fmul_rn(mix, old_share));
+            largest = both;
+        }
+        a.mixed[static_cast<std::size_t>(t) * a.mixed_stride + first_head * head_dim + i] = mix / sum;
+    }
+}
+
+// ═══ K8  Prompts ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// More than 8 rows: every matrix is unpacked to bf16, row after row, into one buffer that the next one overwrites, and multiplied
+// by cuBLASLt, whose sums are float32. Unpacking costs the same for 16 rows as for 2048; hence long chunks. Attention is
+// "FlashAttention-2" (Dao, 2023) on tensor cores. Needs bf16 tensor cores, sm_80; older devices take 8 rows at a time as above.
+
+// Row-major bf16 of rows [first, first + rows) of W, `columns` of them, a multiple of 8.       One thread per row and 8 columns
+template <class W>
+__global__ void unpack_rows(Panels w, std::uint16_t* out, int first, int rows, int columns) {
+    // 8 neighbours write 128 bytes of a row; 16 rows of 64 columns are one or a few whole units
+    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int tiles = (columns + 63) / 64, tile = static_cast<int>(index / 128);
+    const int row = tile / tiles * 16 + static_cast<int>(index / 8 % 16),
+              column = tile % tiles * 64 + static_cast<int>(index % 8) * 8;
+    if (row >= rows || column >= columns) return;
+    float values[8];
+    W::decode8(values, w.panel((first + row) / 16), (first + row) % 16, column, w.units);
+    store16(out + static_cast<std::size_t>(row) * static_cast<std::size_t>(columns) + column,
+            make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
+                       pack_bf16(values[6], values[7])));
+}
+
+// Rows of activations as bf16, normalised if there is a norm, filled up with zeros to `columns`.          One block per row
+constexpr int row_warps = 8, row_threads = 32 * row_warps;
+static __global__ void __launch_bounds__(row_threads) pack_rows(Input input, std::uint16_t* out, int columns) {
+    const Shared<float> scratch = shared_memory<float>();  // [row_warps]
+    const int t = static_cast<int>(blockIdx.x);
+    const float* row = input.row(t);
+    const float inverse = input.norm ? inverse_norm<row_warps>(row, input.width, input.eps, scratch) : 1.0f;
+    for (int k = 4 * static_cast<int>(threadIdx.x); k < columns; k += 4 * row_threads) {
+        float4 v = load_columns(row, k, input.width);
+        if (input.norm) v = scaled(v, inverse, load_columns(input.norm, k, input.width));
+        std::uint32_t* to =
+            reinterpret_cast<std::uint32_t*>(out + static_cast<std::size_t>(t) * static_cast<std::size_t>(columns) + k);
+        to[0] = pack_bf16(v.x, v.y), to[1] = pack_bf16(v.z, v.w);
+    }
+}
+
+// Rotates the queries in place and stores keys and values.             One warp per row and 32 channels of query, key or value
+struct Rotate {
+    float *query, *key, *value;  // [T, H*E], [T, K*E] twice
+    std::size_t query_stride, key_stride;
+    const RowEntry* rows;
+    const float* turns;
+    CacheShape cache;
+    int layer, n_heads;
+};
+static __global__ void __launch_bounds__(row_threads) rotate_rows(Rotate a) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, t = static_cast<int>(blockIdx.x), head_dim = a.cache.head_dim;
+    const int queries = a.n_heads * head_dim, keys = a.cache.kv_heads * head_dim;
+    int i = (static_cast<int>(blockIdx.y) * row_warps + static_cast<int>(threadIdx.x) / 32) * 32 + lane;
+    if (i >= queries + 2 * keys) return;  // a whole warp: all three widths are multiples of 32
+    const float* turn = a.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(head_dim) + (i % head_dim & ~1);
+    if (i < queries) {
+        float* at = a.query + static_cast<std::size_t>(t) * a.query_stride + i;
+        const float x = *at, other = __shfl_xor_sync(all_lanes, x, 1);
+        *at = rotate(x, other, lane & 1, turn[0], turn[1]);
+        return;
+    }
+    const bool values = i >= queries + keys;
+    i -= queries + (values ? keys : 0);
+    float x = (values ? a.value : a.key)[static_cast<std::size_t>(t) * a.key_stride + static_cast<std::size_t>(i)];
+    const float other = __shfl_xor_sync(all_lanes, x, 1);
+    if (!values) x = rotate(x, other, lane & 1, turn[0], turn[1]);
+    const RowEntry row = a.rows[t];
+    const std::size_t at =
+        a.cache.element(row.capacity, a.layer, i / head_dim, row.position) + static_cast<std::size_t>(i % head_dim);
+    store_channels(a.cache, row, values, at, x, lane);
+}
+
+// hidden = SiLU(hidden) ⊙ up                                                                   grid: [columns / threads, T]
+static __global__ void __launch_bounds__(row_threads)
+    gate_rows(float* hidden, const float* up, std::size_t stride, int columns) {
+    const int i = static_cast<int>(blockIdx.x) * row_threads + static_cast<int>(threadIdx.x);
+    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
+    if (i < columns) hidden[at] = __fmul_rn(silu(hidden[at]), up[at]);
+}
+
+// Attention of `count` rows of one sequence with consecutive positions, from row `first` on.
+struct Flash {
+    const float* query;  // [T, H*E]
+    std::size_t query_stride;
+    float* mixed;  // [T, H*E]
+    std::size_t mixed_stride;
+    const RowEntry* rows;
+    CacheShape cache;
+    int layer, shared, first, count;
+};
+constexpr int flash_rows = 64, flash_positions = 64, flash_threads = 128;
+template <int head_dim>
+constexpr int flash_row_halves = head_dim + 8;  // 16 bytes more than a power of two: 8 rows of a matrix lie in different banks
+template <int head_dim>
+constexpr std::size_t flash_shared_bytes = 2 * 2 * flash_positions * flash_row_halves<head_dim> * sizeof(std::uint16_t);
+
+// Keys (or values) of positions [begin, begin + 64) to shared memory as bf16; zeros from position n on, since 0 x NaN is NaN.
+template <class C, int head_dim>
+__device__ void stage_tile(Shared<std::uint16_t> to, const CacheView& view, std::size_t at, int begin, int n) {
+    constexpr int pieces = head_dim / 8;  // of 8 channels
+    for (int i = static_cast<int>(threadIdx.x); i < flash_positions * pieces; i += flash_threads) {
+        const int j = i / pieces, channel = i % pieces * 8;
+        const Shared<std::uint16_t> piece = to + (j * flash_row_halves<head_dim> + channel);
+        const std::size_t from = at + static_cast<std::size_t>(begin + j) * head_dim + static_cast<std::size_t>(channel);
+        if (std::is_same_v<C, CacheBf16> && begin + j < n) {
+            copy_async16(piece, view.data + 2 * from);
+        } else {
+            float values[8];
+            C::unpack(values, begin + j < n ? C::load(view, from) : C::zero());
+            shared_cast<uint4>(piece)[0] = make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
+                                                      pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
+        }
+    }
+}
+
+// A block has 64 rows of one head, a warp 16 of them; keys and values come 64 positions at a time, the next ones while these are
+// multiplied. A lane has rows g and g + 8 of its warp's tile, g = lane / 4, as mma deals them out.
+template <class C, int head_dim>
+__global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
+    constexpr int row_halves = flash_row_halves<head_dim>, tile_halves = flash_positions * row_halves;
+    constexpr int key_steps = head_dim / 16, score_tiles = flash_positions / 8, value_tiles = head_dim / 8;
+    const Shared<std::uint16_t> tiles = shared_memory<std::uint16_t>();  // [2 stages][keys, values][64][row_halves]
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4,
+              pair = lane % 4 * 2;
+    const int head = static_cast<int>(blockIdx.y), tile_row = static_cast<int>(blockIdx.x) * flash_rows;
+    const RowEntry first = a.rows[a.first];
+    const CacheView keys(a.cache, first, false), values(a.cache, first, true);
+    const std::size_t at = a.cache.element(first.capacity, a.layer, head / a.shared, 0);
+    const int n = first.position + min(a.count, tile_row + flash_rows);  // positions that the tile's last row sees
+    const int rows[2] = {tile_row + warp * 16 + g, tile_row + warp * 16 + g + 8};
+
+    // Queries as fragments a of mma, scaled so that the softmax is a power of 2: e^(s / √E) = 2^(s log2(e) / √E)
+    const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
+    std::uint32_t query[key_steps][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float* from = a.query + static_cast<std::size_t>(a.first + rows[r]) * a.query_stride + head * head_dim + pair;
+#pragma unroll
+        for (int k = 0; k < key_steps; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float* x = from + 16 * k + 8 * half;
+                query[k][r + 2 * half] = rows[r] < a.count ? pack_bf16(__fmul_rn(x[0], scale), __fmul_rn(x[1], scale)) : 0;
+            }
+    }
+    float mixed[value_tiles][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+
+    const int n_tiles = (n + flash_positions - 1) / flash_positions;
+    stage_tile<C, head_dim>(tiles, keys, at, 0, n);
+    stage_tile<C, head_dim>(tiles + tile_halves, values, at, 0, n);
+    copy_async_commit();
+    for (int tile = 0; tile < n_tiles; ++tile) {
+        if (tile + 1 < n_tiles) {
+            const Shared<std::uint16_t> next = tiles + (tile + 1) % 2 * 2 * tile_halves;
+            stage_tile<C, head_dim>(next, keys, at, (tile + 1) * flash_positions, n);
+            stage_tile<C, head_dim>(next + tile_halves, values, at, (tile + 1) * flash_positions, n);
+            copy_async_commit();
+            copy_async_wait<1>();
+        } else {
+            copy_async_wait<0>();
+        }
+        __syncthreads();
+        const Shared<std::uint16_t> key = tiles + tile % 2 * 2 * tile_halves, value = key + tile_halves;
+
+        float score[score_tiles][4] = {};
+#pragma unroll
+        for (int k = 0; k < key_steps; ++k)
+#pragma unroll
+            for (int j = 0; j < score_tiles; j += 2) {  // 16 positions x 16 channels
+                std::uint32_t b[4];
+                ldmatrix_x4(b, key + ((j * 8 + lane / 16 * 8 + lane % 8) * row_halves + k * 16 + lane / 8 % 2 * 8));
+                mma_m16n8k16_bf16(score[j], query[k], b[0], b[1]);
+                mma_m16n8k16_bf16(score[j + 1], query[k], b[2], b[3]);
+            }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int sees =
+                first.position + rows[r] - tile * flash_positions;  // the last position of this tile that row r sees
+            float tile_largest = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < score_tiles; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& s = score[j][2 * r + i];
+                    if (j * 8 + pair + i > sees) s = -INFINITY;
+                    tile_largest = fmaxf(tile_largest, s);
+                }
+            tile_largest = fmaxf(tile_largest, __shfl_xor_sync(all_lanes, tile_largest, 1));
+            tile_largest = fmaxf(tile_largest, __shfl_xor_sync(all_lanes, tile_largest, 2));
+            const float both =
+                fmaxf(largest[r], tile_largest);  // finite: a tile's first position is seen, or an earlier tile was
+            const float share = exp2f(largest[r] - both);
+            float tile_sum = 0;
+#pragma unroll
+            for (int j = 0; j < score_tiles; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& s = score[j][2 * r + i];
+                    s = exp2f(s - both);
+                    tile_sum = __fadd_rn(tile_sum, s);
+                }
+            sum[r] = fmaf(sum[r], share, tile_sum);
+            largest[r] = both;
+#pragma unroll
+            for (int e = 0; e < value_tiles; ++e) {
+                mixed[e][2 * r] = __fmul_rn(mixed[e][2 * r], share);
+                mixed[e][2 * r + 1] = __fmul_rn(mixed[e][2 * r + 1], share);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < score_tiles; j += 2) {  // the scores of 16 positions are fragment a of the next product
+            const std::uint32_t p[4] = {pack_bf16(score[j][0], score[j][1]), pack_bf16(score[j][2], score[j][3]),
+                                        pack_bf16(score[j + 1][0], score[j + 1][1]),
+                                        pack_bf16(score[j + 1][2], score[j + 1][3])};
+#pragma unroll
+            for (int e = 0; e < value_tiles; e += 2) {
+                std::uint32_t b[4];
+                ldmatrix_x4_trans(b, value + ((j * 8 + lane % 16) * row_halves + e * 8 + lane / 16 * 8));
+                mma_m16n8k16_bf16(mixed[e], p, b[0], b[1]);
+                mma_m16n8k16_bf16(mixed[e + 1], p, b[2], b[3]);
+            }
+        }
+        __syncthreads();  // before the next copies overwrite this stage
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(all_lanes, sum[r], 1));
+        sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(all_lanes, sum[r], 2));
+        if (rows[r] >= a.count) continue;
+        float* to = a.mixed + static_cast<std::size_t>(a.first + rows[r]) * a.mixed_stride + head * head_dim + pair;
+#pragma unroll
+        for (int e = 0; e < value_tiles; ++e) {
+            to[8 * e] = mixed[e][2 * r] / sum[r];
+            to[8 * e + 1] = mixed[e][2 * r + 1] / sum[r];
+        }
+    }
+}
+
+// ═══ K9  Sampling ══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// Sampler::sample of llama3.hpp, §7, by one block, so that only the token's id leaves the device. Probabilities are relative to
+// the best. What is summed are whole numbers (shares of 2^-38), so no order of threads and atomics changes the result. The set
+// of candidates is described by its border: those above the border's key, the bits of a probability, and the first few at it.
+
+constexpr int sample_threads = 1024, sample_warps = sample_threads / 32;
+using Mass = unsigned long long;
+
+struct Draw {
+    const float* logits;
+    int n;
+    float temperature, top_p, min_p;
+    int top_k;
+    double uniform;  // 0 to 1, from the sampler's generator
+    int* token;      // -1: no logit is a number
+};
+struct Border {
+    unsigned key;
+    Mass equals;  // how many candidates of this very key are kept, lowest ids first
+};
+constexpr Mass no_limit = ~Mass{0};
+
+__device__ __forceinline__ float relative_probability(float logit, float best, float temperature) {
+    if (logit == best) return 1;
+    const float x = (logit - best) / temperature;
+    return x > -87.0f ? expf(x) : 0.0f;  // 0 for NaN too
+}
+__device__ __forceinline__ Mass mass_of(float probability) { return static_cast<Mass>(probability * 274877906944.0f); }
+
+// f(id, probability) for the ids first, first + step, ... below last; 8 loads are under way at a time.
+template <class F>
+__device__ __forceinline__ void for_probabilities(const Draw& d, float best, int first, int last, int step, const F& f) {
+    for (int base = first; base < last; base += 8 * step) {
+        float logits[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) logits[i] = base + i * step < last ? d.logits[base + i * step] : 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (base + i * step < last) f(base + i * step, relative_probability(logits[i], best, d.temperature));
+    }
+}
+
+// Moves the border up to where, in order of probability, more than `limit` of the measure has been passed: the number of
+// candidates, or their mass. A part of the key's bits at a time, from the highest: a histogram, then the bin in which it happens.
+// The first part is the exponent and 4 bits, 16 bins to the octave, so that few threads meet in a bin.
+constexpr int sample_bins = 2048;
+__device__ inline void keep_best(Border& border, const Draw& d, float best, bool by_mass, Mass limit, Shared<Mass> bins,
+                                 Shared<Mass> found) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    Mass passed = 0;
+    unsigned prefix = 0;
+    for (const int shift : {19, 9, 0}) {
+        const int above = shift == 19 ? 31 : shift == 9 ? 19 : 9;  // the bits from here on are known
+        const auto bin_of = [&](unsigned key) { return (key & ((1u << above) - 1)) >> shift; };
+        for (int i = thread; i < sample_bins; i += sample_threads) bins[i] = 0;
+        __syncthreads();
+        for_probabilities(d, best, thread, d.n, sample_threads, [&](int, float p) {
+            const unsigned key = __float_as_uint(p);
+            const bool candidate = key > border.key || (key == border.key && border.equals == no_limit);
+            if (candidate && key >> above == prefix >> above) atomicAdd(bins + bin_of(key), by_mass ? mass_of(p) : Mass{1});
+        });
+        if (thread == 0 && border.equals != no_limit && border.key >> above == prefix >> above)
+            atomicAdd(bins + bin_of(border.key), border.equals * (by_mass ? mass_of(__uint_as_float(border.key)) : Mass{1}));
+        __syncthreads();
+        constexpr int per_lane = sample_bins / 32;
+        if (thread < 32) {  // lane 0 has the highest bins
+            Mass own = 0;
+            for (int b = 0; b < per_lane; ++b) own += bins[sample_bins - 1 - per_lane * lane - b];
+            Mass before = own;
+            for (int step = 1; step < 32; step *= 2) {
+                const Mass other = __shfl_up_sync(all_lanes, before, step);
+                if (lane >= step) before += other;
+            }
+            before += passed - own;
+            const unsigned exceeded = __ballot_sync(all_lanes, before + own > limit);
+            if (exceeded == 0 && lane == 0) found[0] = sample_bins;
+            if (exceeded != 0 && lane == __ffs(static_cast<int>(exceeded)) - 1) {
+                int bin = sample_bins - 1 - per_lane * lane;
+                for (Mass here = bins[bin]; before + here <= limit; here = bins[bin]) before += here, --bin;
+                found[0] = static_cast<Mass>(bin), found[1] = before;
+            }
+        }
+        __syncthreads();
+        const Mass bin = found[0];
+        if (bin == sample_bins) return;  // all are kept
+        passed = found[1], prefix |= static_cast<unsigned>(bin) << shift;
+    }
+    const Mass equals = (limit - passed) / (by_mass ? mass_of(__uint_as_float(prefix)) : Mass{1}) + 1;
+    border = {prefix, prefix == border.key ? min(equals, border.equals) : equals};
+}
+
+static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const Shared<Mass> bins = shared_memory<Mass>();  // [sample_bins]
+    const Shared<Mass> found = bins + sample_bins;    // [2]
+    const Shared<Mass> above = found + 2;             // [warps] mass above the border
+    const Shared<Mass> equal = above + sample_warps;  // [warps] candidates at the border
+
+    // The best logit and its lowest id, as one number: floats in the order of integers, then the complement of the id
+    Mass largest = 0;
+    for (int base = thread; base < d.n; base += 8 * sample_threads) {
+        float logits[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            logits[i] = base + i * sample_threads < d.n ? d.logits[base + i * sample_threads] : -INFINITY;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float logit = logits[i] + 0.0f;  // -0 and 0 are equal
+            const unsigned bits = __float_as_uint(logit), order = bits >> 31 ? ~bits : bits | 0x80000000u;
+            if (logit == logit && base + i * sample_threads < d.n)
+                largest = max(largest, static_cast<Mass>(order) << 32 | ~static_cast<unsigned>(base + i * sample_threads));
+        }
+    }
+    for (int step = 16; step >= 1; step /= 2) largest = max(largest, __shfl_xor_sync(all_lanes, largest, step));
+    if (lane == 0) above[warp] = largest;
+    __syncthreads();
+    for (int w = 0; w < sample_warps; ++w) {
+        const Mass other = above[w];
+        largest = max(largest, other);
+    }
+    __syncthreads();
+    if (largest == 0 || d.temperature == 0) {
+        if (thread == 0) *d.token = largest == 0 ? -1 : static_cast<int>(~static_cast<unsigned>(largest));
+        return;
+    }
+    const float best = d.logits[~static_cast<unsigned>(largest)];
+
+    Border border{1, no_limit};  // every probability above 0
+    if (d.top_k > 0) keep_best(border, d, best, false, static_cast<Mass>(d.top_k - 1), bins, found);
+
+    // What lies above the border and at it, per warp. Each has a contiguous range of ids.
+    const int range = (d.n + sample_warps - 1) / sample_warps, first = min(d.n, warp * range), last = min(d.n, first + range);
+    const auto measure = [&](Mass& total) {  // mass of all candidates
+        Mass own = 0, equals = 0;
+        for_probabilities(d, best, first + lane, last, 32, [&](int, float p) {
+            if (__float_as_uint(p) > border.key) own += mass_of(p);
+            equals += __float_as_uint(p) == border.key;
+        });
+        for (int step = 16; step >= 1; step /= 2)
+            own += __shfl_xor_sync(all_lanes, own, step), equals += __shfl_xor_sync(all_lanes, equals, step);
+        __syncthreads();
+        if (lane == 0) above[warp] = own, equal[warp] = equals;
+        __syncthreads();
+        Mass all_equal = 0;
+        total = 0;
+        for (int w = 0; w < sample_warps; ++w) total += above[w], all_equal += equal[w];
+        total += min(all_equal, border.equals) * mass_of(__uint_as_float(border.key));
+    };
+    Mass total = 0;
+    if (d.top_p < 1) {
+        measure(total);
+        keep_best(border, d, best, true, static_cast<Mass>(static_cast<double>(d.top_p) * static_cast<double>(total)), bins,
+                  found);
+    }
+    if (const unsigned least = __float_as_uint(d.min_p); least > border.key) border = {least, no_limit};
+    measure(total);
+
+    // The candidates in order of their ids: the one in whose share of the mass the point lies.
+    const Mass point = min(static_cast<Mass>(d.uniform * static_cast<double>(total)), total - 1);
+    Mass passed = 0, equals = 0;  // before this warp's range
+    const Mass each = mass_of(__uint_as_float(border.key));
+    for (int w = 0; w < warp; ++w) {
+        const Mass here = equal[w], room = border.equals - min(equals, border.equals);
+        passed += above[w] + min(here, room) * each;
+        equals += here;
+    }
+    const Mass room = border.equals - min(equals, border.equals), here = equal[warp];
+    if (point < passed || point >= passed + above[warp] + min(here, room) * each) return;  // it is in the range of one warp
+    for (int base = first; base < last; base += 8 * 32) {
+        float logits[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) logits[j] = base + 32 * j + lane < last ? d.logits[base + 32 * j + lane] : 0;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const int i = base + 32 * j + lane;
+            const float p = i < last ? relative_probability(logits[j], best, d.temperature) : 0.0f;
+            const unsigned key = __float_as_uint(p), at_border = __ballot_sync(all_lanes, key == border.key);
+            const Mass rank = equals + static_cast<Mass>(__popc(at_border & ((1u << lane) - 1)));
+            const Mass own = key > border.key || (key == border.key && rank < border.equals) ? mass_of(p) : 0;
+            Mass until = own;
+            for (int step = 1; step < 32; step *= 2) {
+                const Mass other = __shfl_up_sync(all_lanes, until, step);
+                if (lane >= step) until += other;
+            }
+            until += passed;
+            if (until - own <= point && point < until) *d.token = i;  // of one lane
+            passed = __shfl_sync(all_lanes, until, 31);
+            equals += static_cast<Mass>(__popc(at_border));
+        }
+    }
+}
+constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 * sample_warps);
+
+// ═══ K10  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+// The GPU that a thread uses while this lives; then the caller's again.
+class UseGpu {
+public:
+    explicit UseGpu(int index) {
+        check(cudaGetDevice(&before_), "cudaGetDevice", "device " + std::to_string(index));
+        check(cudaSetDevice(index), "cudaSetDevice", "device " + std::to_string(index));
+    }
+    ~UseGpu() { cudaSetDevice(before_); }
+    UseGpu(const UseGpu&) = delete;
+    UseGpu& operator=(const UseGpu&) = delete;
+
+private:
+    int before_ = 0;
+};
+
+// What is known of a GPU.
+struct Gpu {
+    int index = 0, major = 0, minor = 0, multiprocessors = 1;
+    std::size_t shared_bytes = 48 * 1024;  // that a block may ask for
+    std::uint64_t memory_bytes = 0;
+    std::string name;
+    bool tensor_cores() const { return major >= 8; }  // for bf16
+    std::string text() const { return "GPU " + std::to_string(index) + " (" + name + ")"; }
+};
+
+// Says before anything is allocated what does not fit.
+inline void check_free(const Gpu& gpu, const std::string& what, std::uint64_t needed) {
+    std::size_t available = 0, total = 0;
+    check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo", gpu.text());
+    if (needed > available)
+        fail(Code::memory, gpu.text() + ": " + what + " does not fit (found " + gigabytes(available) + " free of " +
+                               gigabytes(total) + ", expected " + gigabytes(needed) + "). " +
+                               advice(cudaErrorMemoryAllocation));
+}
+
+// Memory of the device, or of the host and pinned. Released on the device where it was made.
+class Memory {
+public:
+    enum class Kind { device, pinned };
+    Memory() = default;
+    Memory(Kind kind, std::size_t bytes, const std::string& what) : kind_(kind), bytes_(bytes) {
+        if (bytes == 0) return;
+        check(cudaGetDevice(&gpu_), "cudaGetDevice", what);
+        if (kind == Kind::device) check(cudaMalloc(&data_, bytes), "cudaMalloc", what + ", " + gigabytes(bytes));
+        else check(cudaMallocHost(&data_, bytes), "cudaMallocHost", what + ", " + gigabytes(bytes));
+    }
+    ~Memory() {
+        if (!data_) return;
+        int before = 0;
+        cudaGetDevice(&before);
+        cudaSetDevice(gpu_);
+        kind_ == Kind::device ? cudaFree(data_) : cudaFreeHost(data_);
+        cudaSetDevice(before);
+    }
+    Memory(Memory&& other) noexcept { swap(other); }
+    Memory& operator=(Memory&& other) noexcept {
+        Memory moved(std::move(other));
+        swap(moved);
+        return *this;
+    }
+    std::byte* data() const { return static_cast<std::byte*>(data_); }
+    std::size_t bytes() const { return bytes_; }
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+
+private:
+    void swap(Memory& other) noexcept {
+        std::swap(kind_, other.kind_), std::swap(bytes_, other.bytes_), std::swap(data_, other.data_),
+            std::swap(gpu_, other.gpu_);
+    }
+    Kind kind_ = Kind::device;
+    std::size_t bytes_ = 0;
+    void* data_ = nullptr;
+    int gpu_ = 0;
+};
+
+// Owners of CUDA's other things.
+struct Stream {
+    cudaStream_t value{};
+    Stream() { check(cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking), "cudaStreamCreateWithFlags", "stream"); }
+    ~Stream() { cudaStreamDestroy(value); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+    void wait(const std::string& where) const { check(cudaStreamSynchronize(value), "cudaStreamSynchronize", where); }
+};
+struct Event {
+    cudaEvent_t value{};
+    Event() { check(cudaEventCreateWithFlags(&value, cudaEventDisableTiming), "cudaEventCreateWithFlags", "event"); }
+    ~Event() { cudaEventDestroy(value); }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+};
+struct Graph {
+    cudaGraphExec_t value{};
+    Graph() = default;
+    ~Graph() { reset(); }
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+    void reset() {
+        if (value) cudaGraphExecDestroy(value);
+        value = nullptr;
+    }
+};
+
+// Hands out the parts of one piece of memory, at multiples of 256 bytes as cuBLASLt likes them; without memory it only counts.
+class Parts {
+public:
+    explicit Parts(std::byte* memory = nullptr) : memory_(memory) {}
+    template <class T>
+    T* take(std::size_t n) {
+        const std::size_t at = used_;
+        used_ += static_cast<std::size_t>(round_up(static_cast<std::int64_t>(n * sizeof(T)), 256));
+        return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
+    }
+    Tensor tensor(int rows, int columns) {
+        const std::size_t stride = static_cast<std::size_t>(round_up(columns, 64));
+        return {take<float>(static_cast<std::size_t>(rows) * stride), rows, columns, stride};
+    }
+    std::size_t used() const { return used_; }
+
+private:
+    std::byte* memory_;
+    std::size_t used_ = 0;
+};
+
+using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
+
+// A model's tensors on a GPU: the bytes of the file from its first tensor to its last, as they are. Shared by all sessions.
+class DeviceWeights {
+public:
+    DeviceWeights(Model model, const Gpu& gpu, const Progress& progress)
+        : model_(std::move(model)), weights_(model_.weights()) {
+        const std::vector<TensorInfo> tensors = model_.tensors();
+        const std::byte* first = weights_.embedding.data;  // the first tensor of every file
+        const std::size_t bytes = bytes_of(model_);
+        memory_ = Memory(Memory::Kind::device, bytes, "weights");
+        upload(first, bytes, progress, gpu);
+        const auto move = [&](auto*& pointer) {
+            using T = std::remove_reference_t<decltype(*pointer)>;
+            pointer = reinterpret_cast<T*>(memory_.data() + (reinterpret_cast<const std::byte*>(pointer) - first));
+        };
+        for (Layer& l : weights_.layers) {
+            for (Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) move(m->data);
+            move(l.attention_norm), move(l.ffn_norm);
+        }
+        move(weights_.embedding.data), move(weights_.output.data), move(weights_.final_norm);
+    }
+    static std::size_t bytes_of(const Model& model) {
+        const std::vector<TensorInfo> tensors = model.tensors();
+        return static_cast<std::size_t>(tensors.back().offset + tensors.back().bytes - tensors.front().offset);
+    }
+    const Weights& weights() const { return weights_; }
+
+private:
+    // Through two pinned pieces: one is filled, from the file's pages, while the other is on its way.
+    void upload(const std::byte* from, std::size_t bytes, const Progress& progress, const Gpu& gpu) {
+        const std::size_t piece = std::min<std::size_t>(bytes, std::size_t{64} << 20);
+        const Memory pinned[2] = {Memory(Memory::Kind::pinned, piece, "upload"), Memory(Memory::Kind::pinned, piece, "upload")};
+        const Event sent[2];
+        const Stream stream;
+        for (std::size_t done = 0, i = 0; done < bytes; ++i) {
+            const std::size_t n = std::min(piece, bytes - done);
+            if (i >= 2) check(cudaEventSynchronize(sent[i % 2].value), "cudaEventSynchronize", "weights to " + gpu.text());
+            std::memcpy(pinned[i % 2].data(), from + done, n);
+            check(cudaMemcpyAsync(memory_.data() + done, pinned[i % 2].data(), n, cudaMemcpyHostToDevice, stream.value),
+                  "cudaMemcpyAsync", "weights to " + gpu.text());
+            check(cudaEventRecord(sent[i % 2].value, stream.value), "cudaEventRecord", "weights to " + gpu.text());
+            done += n;
+            if (progress) progress(done, bytes);
+        }
+        stream.wait("weights to " + gpu.text());
+    }
+
+    Model model_;
+    Weights weights_;
+    Memory memory_;
+};
+
+inline CacheShape cache_shape(const Config& c, Format format) { return {format, c.n_layers, c.n_kv_heads, c.head_dim}; }
+
+class CudaCache final : public KVCache {
+public:
+    CudaCache(const Config& config, int capacity, Format format)  // no position is read before it was written
+        : capacity_(capacity), memory_(Memory::Kind::device, cache_shape(config, format).bytes(capacity), "key/value cache") {}
+    int capacity() const override { return capacity_; }
+    std::byte* data() const { return memory_.data(); }
+
+private:
+    int capacity_;
+    Memory memory_;
+};
+
+// Query heads per block of attend_split, and blocks per key/value head.
+inline int heads_per_block(const Config& c) { return c.n_heads / c.n_kv_heads > 4 ? 8 : 4; }
+inline int head_groups(const Config& c) {
+    const int shared = c.n_heads / c.n_kv_heads, heads = heads_per_block(c);
+    return c.n_kv_heads * ((shared + heads - 1) / heads);
+}
+
+// The buffers of a back end: everything whose size follows from the model, the number of rows and whether prompts are multiplied
+// by cuBLASLt.
+struct Buffers {
+    static constexpr std::size_t workspace_bytes = std::size_t{32} << 20;  // what NVIDIA recommends for sm_90
+    static constexpr std::size_t most_unpacked = std::size_t{1} << 27;     // elements: larger matrices go in pieces of rows
+
+    Tensor x, query, mixed, hidden, logits, up;
+    float *turns, *frequencies;
+    RowEntry* rows;
+    int* logit_rows;
+    unsigned* tickets;
+    std::uint16_t *packed = nullptr, *unpacked = nullptr;
+    std::size_t unpacked_elements = 0;
+    std::byte* workspace = nullptr;
+
+    Buffers(Parts& parts, const Config& c, int n_rows, bool prompts) {
+        const std::size_t n = static_cast<std::size_t>(n_rows), head_dim = static_cast<std::size_t>(c.head_dim);
+        const int queries = c.n_heads * c.head_dim, keys = static_cast<int>(round_up(c.n_kv_heads * c.head_dim, 64));
+        x = parts.tensor(n_rows, c.dim);
+        query = parts.tensor(n_rows, queries);
+        mixed = parts.tensor(n_rows, queries);
+        hidden = parts.tensor(n_rows, c.ffn_dim);
+        logits = parts.tensor(matvec_rows, c.vocab_size);
+        turns = parts.take<float>(n * head_dim);
+        frequencies = parts.take<float>(head_dim / 2);
+        rows = parts.take<RowEntry>(n);
+        logit_rows = parts.take<int>(n + 1);  // and the token that was drawn
+        tickets = parts.take<unsigned>(static_cast<std::size_t>(matvec_rows * head_groups(c)));
+        if (!prompts) return;
+        const auto padded = [](int columns) { return static_cast<std::size_t>(round_up(columns, 64)); };
+        up = parts.tensor(n_rows, std::max(c.ffn_dim, 2 * keys));  // keys and values before it is needed
+        packed = parts.take<std::uint16_t>(n * padded(std::max({c.dim, queries, c.ffn_dim})));
+        const std::size_t largest = std::max({padded(queries) * padded(c.dim), padded(c.ffn_dim) * padded(c.dim),
+                                              std::min(most_unpacked, padded(c.vocab_size) * padded(c.dim))});
+        unpacked_elements = std::max(std::min(largest, most_unpacked), 64 * padded(std::max({c.dim, queries, c.ffn_dim})));
+        unpacked = parts.take<std::uint16_t>(unpacked_elements);
+        workspace = parts.take<std::byte>(workspace_bytes);
+    }
+    static std::size_t bytes(const Config& c, int n_rows, bool prompts) {
+        Parts count;
+        const Buffers counted(count, c, n_rows, prompts);
+        return count.used();
+    }
+};
+
+// Partial results of attend_split for contexts of up to `splits` segments.
+struct SplitBuffers {
+    int splits = 0;
+    float *partial = nullptr, *statistics = nullptr;
+    SplitBuffers() = default;
+    SplitBuffers(Parts& parts, const Config& c, int n_splits) : splits(n_splits) {
+        const std::size_t n =
+            static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * static_cast<std::size_t>(splits);
+        partial = parts.take<float>(n * static_cast<std::size_t>(c.head_dim));
+        statistics = parts.take<float>(2 * n);
+    }
+    static int splits_of(int capacity) { return (capacity + attention_segment - 1) / attention_segment; }
+    static std::size_t bytes(const Config& c, int splits) {
+        Parts count;
+        const SplitBuffers counted(count, c, splits);
+        return count.used();
+    }
+};
+
+// Products of bf16 matrices by cuBLASLt. The algorithm is chosen once per shape, so that a shape has the same bits in every run.
+class Gemm {
+public:
+    explicit Gemm(std::byte* workspace) : workspace_(workspace) {
+        check(cublasLtCreate(&handle_), "cublasLtCreate", "prompts");
+    }
+    ~Gemm() { cublasLtDestroy(handle_); }
+    Gemm(const Gemm&) = delete;
+    Gemm& operator=(const Gemm&) = delete;
+
+    // out [n, stride] (+)= x [n, k] wᵀ [k, rows], row-major. cuBLASLt counts columns first: there it is outᵀ (+)= w xᵀ, w transposed.
+    void multiply(const char* stage, float* out, std::size_t stride, const std::uint16_t* w, const std::uint16_t* x, int rows,
+                  int n, int k, bool add, cudaStream_t stream) {
+        struct Plan {
+            cublasLtMatmulDesc_t operation{};
+            cublasLtMatrixLayout_t w{}, x{}, out{};
+            cublasLtMatmulPreference_t preference{};
+            ~Plan() {
+                if (preference) cublasLtMatmulPreferenceDestroy(preference);
+                for (const cublasLtMatrixLayout_t layout : {w, x, out})
+                    if (layout) cublasLtMatrixLayoutDestroy(layout);
+                if (operation) cublasLtMatmulDescDestroy(operation);
+            }
+        } plan;
+        const cublasOperation_t transposed = CUBLAS_OP_T;
+        check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", stage);
+        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed),
+              "cublasLtMatmulDescSetAttribute", stage);
+        const auto layout = [&](cublasLtMatrixLayout_t& l, cudaDataType_t type, int height, int width, std::size_t leading) {
+            check(cublasLtMatrixLayoutCreate(&l, type, static_cast<std::uint64_t>(height), static_cast<std::uint64_t>(width),
+                                             static_cast<std::int64_t>(leading)),
+                  "cublasLtMatrixLayoutCreate", stage);
+        };
+        layout(plan.w, CUDA_R_16BF, k, rows, static_cast<std::size_t>(k));
+        layout(plan.x, CUDA_R_16BF, k, n, static_cast<std::size_t>(k));
+        layout(plan.out, CUDA_R_32F, rows, n, stride);
+
+        const std::array<long long, 5> shape = {rows, n, k, static_cast<long long>(stride), add};
+        auto found = algorithms_.find(shape);
+        if (found == algorithms_.end()) {
+            const std::size_t workspace_bytes = Buffers::workspace_bytes;
+            const std::uint32_t schemes =
+                CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // in fixed order
+            check(cublasLtMatmulPreferenceCreate(&plan.preference), "cublasLtMatmulPreferenceCreate", stage);
+            check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                                       &workspace_bytes, sizeof workspace_bytes),
+                  "cublasLtMatmulPreferenceSetAttribute", stage);
+            check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
+                                                       sizeof schemes),
+                  "cublasLtMatmulPreferenceSetAttribute", stage);
+            cublasLtMatmulHeuristicResult_t result{};
+            int count = 0;
+            check(cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.out, plan.out, plan.preference,
+                                                 1, &result, &count),
+                  "cublasLtMatmulAlgoGetHeuristic", stage);
+            if (count == 0) check(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", stage);
+            found = algorithms_.emplace(shape, result.algo).first;
+        }
+        const float one = 1, beta = add ? 1 : 0;
+        check(cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x, &beta, out, plan.out, out, plan.out,
+                             &found->second, workspace_, Buffers::workspace_bytes, stream),
+              "cublasLtMatmul", stage);
+    }
+
+private:
+    cublasLtHandle_t handle_{};
+    std::byte* workspace_;
+    std::map<std::array<long long, 5>, cublasLtMatmulAlgo_t> algorithms_;
+};
+
+// ═══ K11  The back end ═════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// The stages in the order of llama3.hpp, §3. Up to 8 rows each is one launch; what changes from step to step (tokens, positions,
+// caches, which rows want logits) is in tables in device memory, so the graph of a number of rows is captured once and only
+// launched after that.
+
+class CudaBackend final : public Backend, public Stages {
+public:
+    CudaBackend(Gpu gpu, Model model, const Options& options, std::shared_ptr<const DeviceWeights> weights)
+        : gpu_(std::move(gpu)), model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv),
+          prompts_(gpu_.tensor_cores()), max_rows_(rows_of(options)), weights_(std::move(weights)),
+          memory_(Memory::Kind::device, Buffers::bytes(config_, max_rows_, prompts_), "buffers"),
+          buffers_(at(parts_, memory_), config_, max_rows_, prompts_),
+          tables_(Memory::Kind::pinned, static_cast<std::size_t>(max_rows_) * (sizeof(RowEntry) + sizeof(int)), "tables"),
+          host_logits_(Memory::Kind::pinned, sizeof(float) * matvec_rows * buffers_.logits.stride, "logits") {
+        if (prompts_) gemm_ = std::make_unique<Gemm>(buffers_.workspace);
+        const std::vector<float> frequencies = detail::rope_frequencies(config_);
+        check(cudaMemset(memory_.data(), 0, memory_.bytes()), "cudaMemset", "buffers");
+        check(cudaMemcpy(buffers_.frequencies, frequencies.data(), frequencies.size() * sizeof(float), cudaMemcpyHostToDevice),
+              "cudaMemcpy", "RoPE frequencies");
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize",
+              "buffers");  // both were on another stream than the steps will be
+        reserve_splits(context_);
+        const char* graphs = std::getenv("LLAMA3_CUDA_GRAPHS");  // 0: every step is launched stage by stage, for debuggers
+        use_graphs_ = !graphs || std::strcmp(graphs, "0") != 0;
+    }
+    ~CudaBackend() override {
+        const UseGpu use(gpu_.index);
+        for (Graph& graph : graphs_) graph.reset();
+    }
+
+    static int rows_of(const Options& options) {
+        return std::max(matvec_rows, std::min({options.chunk, options.context, 16384}));  // a grid's y has 16 bits
+    }
+    static std::size_t bytes(const Config& config, const Options& options, bool prompts) {
+        return Buffers::bytes(config, rows_of(options), prompts) +
+               SplitBuffers::bytes(config, SplitBuffers::splits_of(options.context));
+    }
+
+    std::unique_ptr<KVCache> make_cache() override {
+        const UseGpu use(gpu_.index);
+        check_free(gpu_, "the key/value cache", cache_shape(config_, kv_).bytes(context_));
+        return std::make_unique<CudaCache>(config_, context_, kv_);
+    }
+    int max_rows() const override { return max_rows_; }
+    std::span<const float> logits(int i) const override {
+        if (logits_.rows > 0) {
+            // Copied when they are asked for: a token that is drawn on the device does not need them.
+            const UseGpu use(gpu_.index);
+            check(cudaMemcpyAsync(host_logits_.data(), logits_.data,
+                                  sizeof(float) * static_cast<std::size_t>(logits_.rows) * logits_.stride,
+                                  cudaMemcpyDeviceToHost, stream_.value),
+                  "cudaMemcpyAsync", "logits");
+            stream_.wait("logits");
+            logits_.rows = 0;
+        }
+        return {host_logits_.as<float>() + static_cast<std::size_t>(i) * buffers_.logits.stride,
+                static_cast<std::size_t>(config_.vocab_size)};
+    }
+    std::string describe() const override {
+        return "CUDA, " + gpu_.text() + ", sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor) + ", " +
+               std::to_string(gpu_.multiprocessors) + " multiprocessors" +
+               (prompts_ ? "" : ", prompts in steps of 8 tokens (no bf16 tensor cores)");
+    }
+
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        const UseGpu use(gpu_.index);
+        cancel_ = cancel;
+        logits_.rows = 0;
+        stream_.wait("step");  // the tables may still be on their way to the last one
+        const int n = batch.size(), wanted = fill_tables(batch);
+        Tensor logits = buffers_.logits;
+        logits.rows = n <= matvec_rows ? n : wanted;  // a graph has a row for each, whether or not it is wanted
+        if (logits.rows > matvec_rows) logits = reserve_logits(logits.rows);
+        const Activations activations{buffers_.x, buffers_.query, buffers_.mixed, buffers_.hidden, logits};
+        const auto run = [&] { forward(*this, weights_->weights(), activations, batch); };
+        if (n > matvec_rows || !use_graphs_) {
+            run();
+        } else if (Graph& graph = graphs_[static_cast<std::size_t>(n - 1)]; graph.value) {
+            n_tokens_ = n;
+            if (!stopped()) check(cudaGraphLaunch(graph.value, stream_.value), "cudaGraphLaunch", "step");
+        } else {
+            run();  // loads the kernels, which a capture must not do
+            if (!stopped()) capture(graph, run);
+        }
+        // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
+        if (n > matvec_rows || stopped()) stream_.wait("step of " + std::to_string(n) + " tokens");
+        device_logits_ = logits;
+        logits_ = logits, logits_.rows = wanted;
+        return !stopped();
+    }
+    int draw(int i, const Sampling& s, std::uint64_t random) override {
+        const UseGpu use(gpu_.index);
+        int* const token = buffers_.logit_rows + max_rows_;
+        const Draw d{device_logits_.row(i),
+                     config_.vocab_size,
+                     s.temperature,
+                     s.top_p,
+                     s.min_p,
+                     s.top_k,
+                     static_cast<double>(random >> 11) * 0x1p-53,
+                     token};
+        launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream_.value, d);
+        check(cudaMemcpyAsync(drawn_.data(), token, sizeof(int), cudaMemcpyDeviceToHost, stream_.value), "cudaMemcpyAsync",
+              "sampling");
+        stream_.wait("step and sampling");
+        return *drawn_.as<int>();
+    }
+
+    // ── The stages ──
+
+    void embed(Tensor x, const Matrix& table, const Batch& batch) override {
+        n_tokens_ = batch.size();
+        with_format(table.format, [&]<class W>(W) {
+            launch("embed", embed_rows<W>, dim3(static_cast<unsigned>(n_tokens_)), 256, 0, stream_.value, Panels(table),
+                   buffers_.rows, x.data, x.stride, x.columns, buffers_.frequencies, buffers_.turns, config_.head_dim);
+        });
+    }
+
+    void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch&) override {
+        if (stopped()) return;
+        const char* stage = "project_qkv";
+        const Input input{x.data, x.stride, x.columns, layer.attention_norm, config_.norm_eps, nullptr};
+        const CacheShape cache = cache_shape(config_, kv_);
+        if (few()) {
+            multiply_rows(stage, layer.query.format, input, n_tokens_,
+                          ProjectQkv{Panels(layer.query), Panels(layer.key), Panels(layer.value), query.data, query.stride,
+                                     buffers_.rows, buffers_.turns, cache, layer.index});
+            return;
+        }
+        const std::size_t keys = static_cast<std::size_t>(round_up(layer.key.rows, 64));  // keys, then values, in rows of `up`
+        float *const key = buffers_.up.data, *const value = key + keys;
+        pack(stage, input, n_tokens_);
+        multiply_packed(stage, layer.query, query.data, query.stride, n_tokens_, false);
+        multiply_packed(stage, layer.key, key, buffers_.up.stride, n_tokens_, false);
+        multiply_packed(stage, layer.value, value, buffers_.up.stride, n_tokens_, false);
+        const unsigned warps = static_cast<unsigned>((layer.query.rows + 2 * layer.key.rows) / 32);
+        launch(stage, rotate_rows, dim3(static_cast<unsigned>(n_tokens_), (warps + row_warps - 1) / row_warps), row_threads, 0,
+               stream_.value,
+               Rotate{query.data, key, value, query.stride, buffers_.up.stride, buffers_.rows, buffers_.turns, cache,
+                      layer.index, config_.n_heads});
+    }
+
+    void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
+        if (stopped()) return;
+        const CacheShape cache = cache_shape(config_, kv_);
+        const int shared = config_.n_heads / config_.n_kv_heads;
+        for (int first = 0; first < n_tokens_;) {
+            const int count = few() ? n_tokens_ - first : run_length(batch, first);
+            if (!few() && count > matvec_rows) {
+                const Flash flash{query.data, query.stride, mixed.data, mixed.stride, buffers_.rows,
+                                  cache,      layer.index,  shared,     first,        count};
+                const dim3 grid(static_cast<unsigned>((count + flash_rows - 1) / flash_rows),
+                                static_cast<unsigned>(config_.n_heads));
+                with_cache(kv_, [&]<class C>(C) {
+                    with_head_dim(config_.head_dim, [&](auto e) {
+                        launch("attend", flash_attention<C, e.value>, grid, flash_threads, flash_shared_bytes<e.value>,
+                               stream_.value, flash);
+                    });
+                });
+                first += count;
+                continue;
+            }
+            const int rows = std::min(count, matvec_rows);
+            const Attend split{query.data,      query.stride,       mixed.data,      mixed.stride, buffers_.rows,
+                               cache,           layer.index,        shared,          first,        splits_.splits,
+                               splits_.partial, splits_.statistics, buffers_.tickets};
+            const dim3 grid(static_cast<unsigned>(head_groups(config_)), static_cast<unsigned>(splits_.splits),
+                            static_cast<unsigned>(rows));
+            with_cache(kv_, [&]<class C>(C) {
+                with_head_dim(config_.head_dim, [&](auto e) {
+                    if (heads_per_block(config_) == 4)
+                        launch("attend", attend_split<C, e.value, 4>, grid, attend_threads, attend_shared_bytes<e.value, 4>,
+                               stream_.value, split);
+                    else
+                        launch("attend", attend_split<C, e.value, 8>, grid, attend_threads, attend_shared_bytes<e.value, 8>,
+                               stream_.value, split);
+                });
+            });
+            first += rows;
+        }
+    }
+
+    void project_out(Tensor x, Tensor mixed, const Layer& layer) override {
+        add_product("project_out", x, layer.attention_out, mixed);
+    }
+
+    void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
+        if (stopped()) return;
+        const char* stage = "gate_up";
+        const Input input{x.data, x.stride, x.columns, layer.ffn_norm, config_.norm_eps, nullptr};
+        if (few()) {
+            multiply_rows(stage, layer.gate.format, input, n_tokens_,
+                          GateUp{Panels(layer.gate), Panels(layer.up), hidden.data, hidden.stride});
+            return;
+        }
+        pack(stage, input, n_tokens_);
+        multiply_packed(stage, layer.gate, hidden.data, hidden.stride, n_tokens_, false);
+        multiply_packed(stage, layer.up, buffers_.up.data, hidden.stride, n_tokens_, false);  // its rows are at least as wide
+        const dim3 grid(static_cast<unsigned>((hidden.columns + row_threads - 1) / row_threads),
+                        static_cast<unsigned>(n_tokens_));
+        launch(stage, gate_rows, grid, row_threads, 0, stream_.value, hidden.data, buffers_.up.data, hidden.stride,
+               hidden.columns);
+    }
+
+    void down(Tensor x, Tensor hidden, const Layer& layer) override { add_product("down", x, layer.down, hidden); }
+
+    void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
+        if (stopped() || logits.rows == 0) return;
+        const char* stage = "logits";
+        const Input input{x.data, x.stride, x.columns, weights.final_norm, config_.norm_eps, buffers_.logit_rows};
+        if (logits.rows <= matvec_rows || !prompts_) {
+            multiply_rows(stage, weights.output.format, input, logits.rows,
+                          StoreRows<2>{Panels(weights.output), logits.data, logits.stride});
+            return;
+        }
+        pack(stage, input, logits.rows);
+        multiply_packed(stage, weights.output, logits.data, logits.stride, logits.rows, false);
+    }
+
+    // The table of the batch's rows, and of those that want logits, on the way to the device. Returns how many do.
+    int fill_tables(const Batch& batch) {
+        const int n = batch.size();
+        if (n > max_rows_)
+            fail(Code::argument, "CUDA, step: too many rows (found " + std::to_string(n) + ", expected at most " +
+                                     std::to_string(max_rows_) + "). Split the batch.");
+        RowEntry* const rows = tables_.as<RowEntry>();
+        int* const logit_rows = reinterpret_cast<int*>(rows + max_rows_);
+        int wanted = 0, capacity = 1;
+        for (int t = 0; t < n; ++t) {
+            const Row& row = batch.rows[static_cast<std::size_t>(t)];
+            const auto* cache = static_cast<const CudaCache*>(row.cache);
+            rows[t] = {row.token, row.position, cache->capacity(), 0, cache->data()};
+            if (row.wants_logits) logit_rows[wanted++] = t;
+            capacity = std::max(capacity, cache->capacity());
+        }
+        std::fill(logit_rows + wanted, logit_rows + n, 0);
+        reserve_splits(capacity);
+        check(cudaMemcpyAsync(buffers_.rows, rows, sizeof(RowEntry) * static_cast<std::size_t>(n), cudaMemcpyHostToDevice,
+                              stream_.value),
+              "cudaMemcpyAsync", "table of rows");
+        check(cudaMemcpyAsync(buffers_.logit_rows, logit_rows, sizeof(int) * static_cast<std::size_t>(n),
+                              cudaMemcpyHostToDevice, stream_.value),
+              "cudaMemcpyAsync", "table of rows");
+        return wanted;
+    }
+
+    const Buffers& buffers() const { return buffers_; }
+    const Weights& weights() const { return weights_->weights(); }
+    cudaStream_t stream() const { return stream_.value; }
+
+private:
+    static Parts& at(Parts& parts, const Memory& memory) { return parts = Parts(memory.data()); }
+    bool stopped() const { return cancel_ && cancel_->load(std::memory_order_relaxed); }
+    bool few() const { return n_tokens_ <= matvec_rows || !prompts_; }
+
+    // Rows from `first` on that continue one sequence.
+    static int run_length(const Batch& batch, int first) {
+        int n = 1;
+        const auto row = [&](int i) -> const Row& { return batch.rows[static_cast<std::size_t>(first + i)]; };
+        while (first + n < batch.size() && row(n).cache == row(0).cache && row(n).position == row(0).position + n) ++n;
+        return n;
+    }
+
+    void capture(Graph& graph, const std::function<void()>& run) {
+        check(cudaStreamBeginCapture(stream_.value, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", "step");
+        cudaGraph_t captured{};
+        try {
+            run();
+        } catch (...) {
+            cudaStreamEndCapture(stream_.value, &captured);
+            if (captured) cudaGraphDestroy(captured);
+            throw;
+        }
+        check(cudaStreamEndCapture(stream_.value, &captured), "cudaStreamEndCapture", "step");
+        const cudaError_t error = stopped() ? cudaSuccess : cudaGraphInstantiate(&graph.value, captured, 0);
+        cudaGraphDestroy(captured);
+        check(error, "cudaGraphInstantiate", "step");
+    }
+
+    // ── Up to 8 rows: matrix x vector ──
+
+    // As many rows at a time as have room in shared memory, at most 8.
+    template <class Epilogue>
+    void multiply_rows(const char* stage, Format format, Input input, int n, const Epilogue& epilogue) {
+        with_format(format, [&]<class W>(W) {
+            for (int first = 0; first < n;) {
+                int columns = matvec_rows;
+                while (columns > 1 &&
+                       (columns / 2 >= n - first ||
+                        matvec_shared_bytes<W, 1>(epilogue.units()) * static_cast<std::size_t>(columns) > gpu_.shared_bytes))
+                    columns /= 2;
+                const int count = std::min(columns, n - first);
+                switch (columns) {
+                    case 8: multiply_columns<W, 8>(stage, input, epilogue, first, count); break;
+                    case 4: multiply_columns<W, 4>(stage, input, epilogue, first, count); break;
+                    case 2: multiply_columns<W, 2>(stage, input, epilogue, first, count); break;
+                    default: multiply_columns<W, 1>(stage, input, epilogue, first, count);
+                }
+                first += count;
+            }
+        });
+    }
+    template <class W, int columns, class Epilogue>
+    void multiply_columns(const char* stage, const Input& input, const Epilogue& epilogue, int first, int n) {
+        const std::size_t shared = matvec_shared_bytes<W, columns>(epilogue.units());
+        const int resident = 2 * shared <= gpu_.shared_bytes ? matvec_blocks_per_sm<W, columns> : 1;
+        const int blocks = std::min(epilogue.items(), gpu_.multiprocessors * resident);
+        launch(stage, matvec<W, columns, Epilogue>, dim3(static_cast<unsigned>(blocks)), matvec_threads, shared, stream_.value,
+               input, epilogue, first, n);
+    }
+    void add_product(const char* stage, Tensor x, const Matrix& w, Tensor input_rows) {
+        if (stopped()) return;
+        const Input input{input_rows.data, input_rows.stride, input_rows.columns, nullptr, 0, nullptr};
+        if (few()) {
+            multiply_rows(stage, w.format, input, n_tokens_, AddRows{{Panels(w), x.data, x.stride}});
+        } else {
+            pack(stage, input, n_tokens_);
+            multiply_packed(stage, w, x.data, x.stride, n_tokens_, true);
+        }
+    }
+
+    // ── Prompts: cuBLASLt ──
+
+    static int padded(int columns) { return static_cast<int>(round_up(columns, 64)); }
+    void pack(const char* stage, const Input& input, int n) {
+        launch(stage, pack_rows, dim3(static_cast<unsigned>(n)), row_threads, row_warps * sizeof(float), stream_.value, input,
+               buffers_.packed, padded(input.width));
+    }
+    // out (+)= W times the packed rows
+    void multiply_packed(const char* stage, const Matrix& w, float* out, std::size_t stride, int n, bool add) {
+        const int columns = padded(w.columns);
+        const int most = static_cast<int>(buffers_.unpacked_elements / static_cast<std::size_t>(columns) / 64 * 64);
+        for (int first = 0; first < w.rows; first += most) {
+            const int rows = std::min(most, w.rows - first);
+            with_format(w.format, [&]<class W>(W) {
+                const long long threads = static_cast<long long>((rows + 15) / 16) * 128 * (columns / 64);
+                launch(stage, unpack_rows<W>, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, stream_.value,
+                       Panels(w), buffers_.unpacked, first, rows, columns);
+            });
+            gemm_->multiply(stage, out + first, stride, buffers_.unpacked, buffers_.packed, rows, n, columns, add,
+                            stream_.value);
+        }
+    }
+
+    // ── Memory that grows ──
+
+    void reserve_splits(int capacity) {
+        const int splits = SplitBuffers::splits_of(capacity);
+        if (splits <= splits_.splits) return;
+        for (Graph& graph : graphs_) graph.reset();  // they hold the old addresses
+        const std::size_t bytes = SplitBuffers::bytes(config_, splits);
+        splits_ = {}, split_memory_ = {};
+        split_memory_ = Memory(Memory::Kind::device, bytes, "partial attention");
+        Parts parts(split_memory_.data());
+        splits_ = SplitBuffers(parts, config_, splits);
+    }
+    Tensor reserve_logits(int rows) {
+        const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(rows) * buffers_.logits.stride;
+        if (many_logits_.bytes() < bytes) {
+            many_logits_ = {};
+            many_logits_ = Memory(Memory::Kind::device, bytes, "logits of " + std::to_string(rows) + " rows");
+        }
+        if (host_logits_.bytes() < bytes) {
+            Memory larger(Memory::Kind::pinned, bytes, "logits of " + std::to_string(rows) + " rows");
+            host_logits_ = std::move(larger);
+        }
+        return {many_logits_.as<float>(), rows, config_.vocab_size, buffers_.logits.stride};
+    }
+
+    Gpu gpu_;
+    Model model_;
+    Config config_;
+    int context_;
+    Format kv_;
+    bool prompts_;  // many rows go through cuBLASLt and flash attention
+    int max_rows_, n_tokens_ = 0;
+    std::shared_ptr<const DeviceWeights> weights_;
+    Stream stream_;
+    Memory memory_;
+    Parts parts_;
+    Buffers buffers_;
+    Memory tables_;       // pinned: RowEntry [max_rows], int [max_rows]
+    Memory host_logits_;  // pinned: [rows that wanted them, V rounded up]
+    Memory many_logits_, split_memory_;
+    Memory drawn_{Memory::Kind::pinned, sizeof(int), "token"};
+    Tensor device_logits_;   // of the last step
+    mutable Tensor logits_;  // the same while the host has not got them: rows that wanted them; else no rows
+    SplitBuffers splits_;
+    std::unique_ptr<Gemm> gemm_;
+    std::array<Graph, matvec_rows> graphs_;
+    bool use_graphs_ = true;
+    const std::atomic<bool>* cancel_ = nullptr;
+};
+
+// ═══ K12  The device ═══════════════════════════════════════════════════════════════════════════════════════════════════════════
+
+class CudaDevice final : public Device {
+public:
+    CudaDevice(const std::vector<int>& gpus, Progress progress) : progress_(std::move(progress)) {
+        if (gpus.size() != 1)
+            fail(Code::argument, "cuda: this version runs a model on one GPU (found " + std::to_string(gpus.size()) +
+                                     " of them, expected 1). Name one, as in cuda:0.");
+        int driver = 0, runtime = 0, count = 0;
+        check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion", "driver");
+        check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion", "runtime");
+        const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+        if (driver / 1000 < runtime / 1000)  // within a major version drivers are compatible
+            fail(Code::device, driver == 0 ? "CUDA, driver: there is none (found no NVIDIA driver, expected one for CUDA " +
+                                                 version(runtime) + "). Install it, or use the CPU."
+                                           : "CUDA, driver: too old (found one for CUDA " + version(driver) + ", expected " +
+                                                 version(runtime) + "). " + advice(cudaErrorInsufficientDriver));
+        check(cudaGetDeviceCount(&count), "cudaGetDeviceCount", "devices");
+        if (gpus[0] < 0 || gpus[0] >= count)
+            fail(Code::device, "cuda:" + std::to_string(gpus[0]) + ": there is no such GPU (found " + std::to_string(count) +
+                                   " of them, expected more than " + std::to_string(gpus[0]) + "). " +
+                                   advice(cudaErrorInvalidDevice));
+        gpu_.index = gpus[0];
+        cudaDeviceProp properties{};
+        check(cudaGetDeviceProperties(&properties, gpu_.index), "cudaGetDeviceProperties", gpu_.text());
+        gpu_.name = properties.name, gpu_.major = properties.major, gpu_.minor = properties.minor;
+        gpu_.memory_bytes = properties.totalGlobalMem;
+        gpu_.multiprocessors = std::max(1, properties.multiProcessorCount);
+        gpu_.shared_bytes = std::max<std::size_t>(gpu_.shared_bytes, properties.sharedMemPerBlockOptin);
+        if (gpu_.major * 10 + gpu_.minor < 75)
+            fail(Code::device, gpu_.text() + ": too old (found sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor) +
+                                   ", expected sm_75 or later). Use the CPU.");
+        const UseGpu use(gpu_.index);
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pack_rows)), "cudaFuncGetAttributes",
+              gpu_.text() + ", sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor));
+    }
+
+    std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+        const Config& c = model.config();
+        detail::check_ranks(c, options.ranks, 1);
+        if (c.head_dim != 64 && c.head_dim != 128)
+            fail(Code::argument, "CUDA: heads of this width are not supported (found " + std::to_string(c.head_dim) +
+                                     ", expected 64 or 128). Use the CPU.");
+        check_widths(model.weights());
+        const UseGpu use(gpu_.index);
+        const std::lock_guard lock(mutex_);
+        auto& known = weights_[&model.impl()];
+        std::shared_ptr<const DeviceWeights> weights = known.lock();
+        check_free(gpu_, "the model",
+                   (weights ? 0 : DeviceWeights::bytes_of(model)) + cache_bytes(c, options) + activations_bytes(c, options));
+        if (!weights) known = weights = std::make_shared<const DeviceWeights>(model, gpu_, progress_);
+        return std::make_unique<CudaBackend>(gpu_, model, options, weights);
+    }
+    std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
+        return cache_shape(config, options.kv).bytes(options.context);
+    }
+    std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
+        return CudaBackend::bytes(config, options, gpu_.tensor_cores());
+    }
+    std::uint64_t memory_bytes() const override { return gpu_.memory_bytes; }
+    const Gpu& gpu() const { return gpu_; }
+
+private:
+    // A row of activations must have room in shared memory.
+    void check_widths(const Weights& weights) const {
+        const auto check_matrix = [&](const char* name, const Matrix& w) {
+            with_format(w.format, [&]<class W>(W) {
+                const std::size_t needed = matvec_shared_bytes<W, 1>(w.units());
+                if (needed > gpu_.shared_bytes)
+                    fail(Code::device, gpu_.text() + ": tensor " + name + " is too wide for its shared memory (found " +
+                                           std::to_string(gpu_.shared_bytes) + " bytes, expected " + std::to_string(needed) +
+                                           "). Convert the model to bf16, q8 or q4, or use another GPU.");
+            });
+        };
+        for (const Layer& layer : weights.layers) {
+            check_matrix("query", layer.query), check_matrix("attention_out", layer.attention_out);
+            check_matrix("gate", layer.gate), check_matrix("down", layer.down);
+        }
+        check_matrix("output", weights.output);
+    }
+
+    Gpu gpu_;
+    Progress progress_;
+    std::mutex mutex_;
+    std::map<const Model::Impl*, std::weak_ptr<const DeviceWeights>> weights_;  // shared by the sessions of a model
+};
+
+}  // namespace gpu
+
+std::shared_ptr<Device> cuda(const std::vector<int>& gpus, const std::function<void(std::uint64_t, std::uint64_t)>& progress) {
+    return std::make_shared<gpu::CudaDevice>(gpus, progress);
+}
+
+}  // namespace llama3
+
+#endif  // LLAMA3_KERNELS_CUH

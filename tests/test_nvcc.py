@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Compiles kernels.cuh with nvcc: no warnings, no spills, and registers and shared memory within limits, on every architecture.
+
+    python3 tests/test_nvcc.py            one architecture, about a minute
+    LLAMA3_ALL_ARCHITECTURES=1 python3 tests/test_nvcc.py
+
+It needs no GPU. Where there is no nvcc it says so and leaves everything out.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import unittest
+
+SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ALL = bool(os.environ.get("LLAMA3_ALL_ARCHITECTURES"))
+ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120] if ALL else [80]
+
+# Registers a kernel may use: what its threads per block and blocks per multiprocessor leave of 65536.
+LIMITS = [  # the first that matches the name
+    (r"matvec<\w+, 1,", 64),  # 512 threads, 2 blocks
+    (r"matvec<(F32|Bf16)Weights, 2,", 64),
+    (r"matvec<", 128),
+    (r"attend_split<\w+, \d+, 4>", 128),  # 256 threads, 2 blocks
+    (r"attend_split<", 168),
+    (r"flash_attention<", 255),  # 128 threads, 2 blocks
+    (r"draw_token", 64),
+    (r"", 64),
+]
+
+
+@unittest.skipUnless(NVCC, "nvcc is not installed")
+class Nvcc(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [NVCC, "-std=c++20", "-O3", "-x", "cu", "-c", "kernels.cuh", "-o", os.path.join(folder, "kernels.o"), "-Xptxas", "-v",
+                       "--threads", str(min(len(ARCHITECTURES), os.cpu_count() or 1))]
+            for a in ARCHITECTURES:
+                command += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
+            start = time.time()
+            done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+            cls.seconds = time.time() - start
+        cls.status, cls.messages = done.returncode, done.stdout + done.stderr
+        cls.kernels = []  # (architecture, name, registers, stack, spilled bytes, static shared bytes)
+        mangled, rows = [], []
+        architecture = stack = spilled = None
+        for line in cls.messages.splitlines():
+            if m := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+                mangled.append(m[1])
+                architecture = m[2]
+            elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+                stack, spilled = int(m[1]), int(m[2]) + int(m[3])
+            elif m := re.search(r"Used (\d+) registers", line):
+                shared = re.search(r"(\d+) bytes smem", line)
+                rows.append((architecture, int(m[1]), stack, spilled, int(shared[1]) if shared else 0))
+        names = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True).stdout.splitlines()
+        for name, row in zip(names, rows):
+            cls.kernels.append((row[0], re.sub(r"llama3::gpu::|^void |\(.*", "", name), *row[1:]))
+
+    def test_it_compiles_without_warnings(self):
+        expected = re.compile(r"^ptxas info|^\s*\d+ bytes stack frame|^\s*$")
+        others = [line for line in self.messages.splitlines() if not expected.match(line)]
+        self.assertEqual((self.status, others), (0, []))
+
+    def test_every_architecture_has_every_kernel(self):
+        by_architecture = {}
+        for architecture, name, *_ in self.kernels:
+            by_architecture.setdefault(architecture, []).append(name)
+        self.assertEqual(sorted(by_architecture), sorted(f"sm_{a}" for a in ARCHITECTURES))
+        for names in by_architecture.values():
+            self.assertEqual(sorted(names), sorted(by_architecture[f"sm_{ARCHITECTURES[0]}"]))
+            self.assertGreater(len(names), 80)
+
+    def test_no_kernel_spills_or_keeps_arrays_in_local_memory(self):
+        # Turing has fewer ways to address shared memory: a few bytes of the kernels for one row go to the stack there.
+        allowed = {"sm_75": 64}
+        bad = [k for k in self.kernels if max(k[3], k[4]) > allowed.get(k[0], 0)]
+        bad = [k for k in bad if not k[1].startswith("embed_rows")]  # sincosf reduces large angles in local memory
+        self.assertEqual([], bad, "\n".join(map(str, bad)))
+
+    def test_registers_are_within_the_limits(self):
+        for architecture, name, registers, *_ in self.kernels:
+            limit = next(n for pattern, n in LIMITS if re.search(pattern, name))
+            self.assertLessEqual(registers, limit, f"{name} on {architecture}")
+
+    def test_shared_memory_is_all_dynamic(self):
+        self.assertEqual([k for k in self.kernels if k[5] > 0 and not k[0] in ("sm_90", "sm_100", "sm_120")], [])
+        self.assertEqual([k for k in self.kernels if k[5] > 1024], [])  # from sm_90 on the system takes 1 KB
+
+    def test_one_architecture_takes_less_than_two_minutes(self):
+        if len(ARCHITECTURES) == 1:
+            self.assertLess(self.seconds, 120)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
