@@ -219,7 +219,7 @@ private:
     std::shared_ptr<const Impl> impl_;
 };
 
-std::shared_ptr<Device> cpu();                                     // this machine's processor
+std::shared_ptr<Device> cpu();  // this machine's processor
 // A GPU; defined in kernels.cuh, which is compiled by nvcc. `progress` is called while weights are copied to it.
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
                              const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
@@ -1652,7 +1652,7 @@ struct Session::Impl {
     std::vector<int> tokens{};    // those in the cache; has room for all, so that adding them cannot fail
     std::vector<float> logits{};  // [V] of the last token, where has_logits
     bool has_logits = false;
-    int backend_row = -1;         // where the back end has them too: its logits(backend_row); -1: no longer
+    int backend_row = -1;          // where the back end has them too: its logits(backend_row); -1: no longer
     bool only_on_device = false;   // they have not been copied to `logits` yet
     bool drawn_on_device = false;  // the last token that was drawn
     bool busy = false;             // a feed() is running
@@ -2254,12 +2254,13 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
     const int python_tag = tokenizer.special("<|python_tag|>"), end_of_message = tokenizer.special("<|eom_id|>");
     Message reply{"assistant", ""};
     bool begins = true;
-    const Finish finish = generate(session_, to_feed, sampler_, {options_.max_tokens, false, false}, [&](const Generated& drawn) {
-        if (std::exchange(begins, false)) reply.python_tag = drawn.token == python_tag;
-        reply.end_of_message = drawn.token == end_of_message;
-        reply.content += drawn.text;
-        return drawn.text.empty() || !on_text || on_text(drawn.text);
-    });
+    const Finish finish =
+        generate(session_, to_feed, sampler_, {options_.max_tokens, false, false}, [&](const Generated& drawn) {
+            if (std::exchange(begins, false)) reply.python_tag = drawn.token == python_tag;
+            reply.end_of_message = drawn.token == end_of_message;
+            reply.content += drawn.text;
+            return drawn.text.empty() || !on_text || on_text(drawn.text);
+        });
     std::string text = reply.content;
     messages.push_back(std::move(reply));
     messages_ = std::move(messages);  // from here on nothing fails: a say() that throws leaves the conversation as it was
