@@ -132,6 +132,12 @@ finish() {
     exit
 }
 
+# sees FLAG TEXT: a program with a planted fault, which the sanitizer must end.
+sees() {
+    printf '%s\n' "$2" | clang++ -std=c++20 -g "-fsanitize=$1" -fno-sanitize-recover=all -pthread -x c++ - -o build/planted &&
+        ! build/planted
+}
+
 # Fuzzes each target for some seconds, from the committed corpus and what earlier runs found.
 fuzz() {
     export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
@@ -176,10 +182,16 @@ if [ $all = yes ]; then
 
     # The same under sanitizers, with the team of std::threads: OpenMP's threads are opaque to them.
     export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+    check "sanitizers, planted overflow" sees address,undefined 'int main(int n, char**) { return n > 9 ? 0 : (new int[2])[n + 1]; }'
+    check "sanitizers, planted leak" sees address,undefined 'int* p; int main() { p = new int; p = nullptr; }'
+    check "sanitizers, planted shift" sees address,undefined 'int main(int n, char**) { return 1 << (n + 31) ? 0 : 0; }'
     check "build, sanitizers" env CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all sh -c '[ -f build/asan/build.ninja ] || meson setup \
         build/asan -Dtests=enabled -Dopenmp=disabled -Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1; ninja -C build/asan' &&
         check "suite, sanitizers" meson test -C build/asan --no-rebuild --no-suite builds --timeout-multiplier 5
 
+    check "thread sanitizer, planted race" sees thread \
+        '#include <thread>
+int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
     # Without fault injection, which replaces what ThreadSanitizer replaces too.
     check "build, thread sanitizer" env CXX=clang++ sh -c '[ -f build/tsan/build.ninja ] || meson setup build/tsan -Dtests=enabled \
         -Dexamples=disabled -Dopenmp=disabled -Db_sanitize=thread -Db_lundef=false -Doptimization=1; ninja -C build/tsan' &&
