@@ -91,6 +91,7 @@ std::pair<std::string, bool> death_of(const F& f) {
     int pipes[2];
     REQUIRE(pipe(pipes) == 0);
     const pid_t child = fork();
+    REQUIRE(child >= 0);
     if (child == 0) {
         dup2(pipes[1], 2);
         for (const int number : {SIGSEGV, SIGBUS}) signal(number, SIG_DFL);  // not the test framework's
