@@ -55,7 +55,7 @@ int main(int argc, char** argv) {
     bool as_json = false;
     args.add("-f, --file FILE", file, "the text");
     args.add("--kl-base BASE", base_path,
-             "a model to compare with (the same one in f32): mean KL(BASE || M), how often the most likely token is the same",
+             "a model to compare with (the same one in f32): mean KL(BASE || M), how often the first token is the same",
              {1});
     args.add("--json", as_json, "print one JSON object");
     ModelFlags flags(args, "512");

@@ -77,8 +77,8 @@ class Nvcc(unittest.TestCase):
             self.assertGreater(len(names), 80)
 
     def test_no_kernel_spills_or_keeps_arrays_in_local_memory(self):
-        # Turing has fewer ways to address shared memory: a few bytes of the kernels for one row go to the stack there.
-        allowed = {"sm_75": 64}
+        # Turing and the first Ampere address shared memory in fewer ways: a few bytes of the kernels for one row go to the stack there.
+        allowed = {"sm_75": 64, "sm_80": 32}
         bad = [k for k in self.kernels if max(k[3], k[4]) > allowed.get(k[0], 0)]
         bad = [k for k in bad if not k[1].startswith("embed_rows")]  # sincosf reduces large angles in local memory
         self.assertEqual([], bad, "\n".join(map(str, bad)))
