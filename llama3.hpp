@@ -1,6 +1,6 @@
 // llama3.hpp: Llama 3, 3.1, 3.2 and 3.3 text models in one C++20 header. MIT licence, at the end of the file.
 //
-// What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AVX-512,
+// What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AMX, AVX-512,
 // AVX-VNNI, AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
 // with -fopenmp it runs on OpenMP, without on a small team of std::threads. Models are .l3 files made by convert/convert.py.
 //

@@ -76,10 +76,9 @@ class Nvcc(unittest.TestCase):
             self.assertEqual(sorted(names), sorted(by_architecture[f"sm_{ARCHITECTURES[0]}"]))
             self.assertGreater(len(names), 80)
 
-    def test_no_kernel_spills_or_keeps_arrays_in_local_memory(self):
-        # Turing and the first Ampere address shared memory in fewer ways: a few bytes of the kernels for one row go to the stack there.
-        allowed = {"sm_75": 64, "sm_80": 32}
-        bad = [k for k in self.kernels if max(k[3], k[4]) > allowed.get(k[0], 0)]
+    def test_no_kernel_keeps_arrays_or_more_than_a_few_bytes_in_local_memory(self):
+        # Where registers end at 64 a kernel may put a few bytes aside, outside its inner loop; not an array.
+        bad = [k for k in self.kernels if max(k[3], k[4]) > 24]
         bad = [k for k in bad if not k[1].startswith("embed_rows")]  # sincosf reduces large angles in local memory
         self.assertEqual([], bad, "\n".join(map(str, bad)))
 
