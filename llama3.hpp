@@ -261,7 +261,7 @@ public:
     std::span<const int> tokens() const;    // all that are in the cache
     int position() const;                   // their number
     int context() const;                    // how many fit
-    StageTimes stage_times() const;         // of this session's back end since it was opened
+    StageTimes stage_times() const;         // of its back end, since it was opened
     const Model& model() const;
     void rewind(int position);        // forgets the tokens from `position` on; logits() is then empty
     void cancel() noexcept;           // from any thread: a running feed() stops within one stage with Error(cancelled)
