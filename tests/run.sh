@@ -195,7 +195,7 @@ int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
     # Without fault injection, which replaces what ThreadSanitizer replaces too.
     check "build, thread sanitizer" env CXX=clang++ sh -c '[ -f build/tsan/build.ninja ] || meson setup build/tsan -Dtests=enabled \
         -Dexamples=disabled -Dopenmp=disabled -Db_sanitize=thread -Db_lundef=false -Doptimization=1; ninja -C build/tsan' &&
-        check "core, thread sanitizer" env TSAN_OPTIONS=halt_on_error=1 meson test -C build/tsan --no-rebuild --suite core \
+        check "core, thread sanitizer" env TSAN_OPTIONS=halt_on_error=1 meson test -C build/tsan --no-rebuild --suite core --suite contract \
             --timeout-multiplier 5
 
     check "build matrix" python3 tests/test_matrix.py
