@@ -2815,7 +2815,7 @@ LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
 LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 #ifdef LLAMA3_VNNI
-constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 4;
+constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 6;
 LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
     return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
 }
@@ -3290,6 +3290,8 @@ void multiply_few(const Product& product, int first, int last, int tokens, const
         if (tokens < N) return multiply_few<Type, N - 1>(product, first, last, tokens, x, out);
     multiply_few<Type, N>(product, first, last, x, out);
 }
+
+static_assert(few_tokens >= tile_tokens);  // what is left of many tokens is few
 
 template <class Type>
 void multiply_as(const Product& product) {

@@ -46,7 +46,7 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
         const std::vector<float> row = random_floats(static_cast<std::size_t>(m.columns), static_cast<std::uint64_t>(t + 1));
         std::copy(row.begin(), row.end(), x.begin() + t * static_cast<int>(stride));
     }
-    d::AlignedBuffer packed(static_cast<std::size_t>(tokens) * d::packed_bytes(m.format, m.columns));
+    d::AlignedBuffer packed(static_cast<std::size_t>(round_up(tokens, d::max_tile_tokens)) * d::packed_bytes(m.format, m.columns));
     const int together = kernels.tokens_together(m.format, tokens);
     for (int t = 0; t < tokens; t += together)
         kernels.pack(m.format, packed.data() + static_cast<std::size_t>(t) * d::packed_bytes(m.format, m.columns), x.data() + static_cast<std::size_t>(t) * stride, stride,
@@ -76,8 +76,11 @@ TEST_SUITE("core: kernels") {
         for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4})
             for (const auto& [rows, columns, segments] : {std::array{16, 64, 1}, std::array{40, 100, 1}, std::array{5, 7, 1}, std::array{64, 512, 8}, std::array{72, 128, 2}, std::array{48, 448, 1}}) {
                 const RandomMatrix w(format, rows, columns, segments, static_cast<std::uint64_t>(rows * columns));
-                for (const d::Kernels* kernels : kernels_here())
+                for (const d::Kernels* kernels : kernels_here()) {
                     for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 15, 31}) check_product(*kernels, w, tokens, tokens % 2 == 0);
+                    const int tile = kernels->tile_tokens[static_cast<std::size_t>(format)];  // many tokens: whole tiles and a rest
+                    for (int rest = 0; rest < tile; rest += tile < 16 ? 1 : 5) check_product(*kernels, w, 4 * tile + rest, rest % 2 == 0);
+                }
             }
         CHECK(kernels_here().size() >= 1);
     }
