@@ -281,9 +281,10 @@ TEST_SUITE("core: stages on the device") {
 
     TEST_CASE(
         "attention of single rows joins its segments as the plain loops do, at every border and for 1 to 8 heads per key") {
-        for (const auto& [heads, kv_heads, head_dim] : std::vector<std::array<int, 3>>{
+        for (const std::array<int, 3>& shape : std::vector<std::array<int, 3>>{
                  {2, 2, 64}, {4, 2, 128}, {3, 1, 64}, {4, 1, 64}, {5, 1, 128}, {8, 1, 64}, {16, 2, 128}})
             for (const Format kv : cache_formats) {
+                const int heads = shape[0], kv_heads = shape[1], head_dim = shape[2];
                 Config c = config_of({64, heads, kv_heads, head_dim, 64}, 2048, 1);
                 Twins twins(c, Format::f32, with(kv, 64, 1100));
                 CAPTURE(heads);
@@ -311,9 +312,10 @@ TEST_SUITE("core: stages on the device") {
     }
 
     TEST_CASE("attention of a prompt is that of the plain loops within bf16, wherever it starts and ends") {
-        for (const auto& [heads, kv_heads, head_dim] : std::vector<std::array<int, 3>>{{2, 1, 64}, {2, 2, 128}})
+        for (const std::array<int, 3>& shape : std::vector<std::array<int, 3>>{{2, 1, 64}, {2, 2, 128}})
             for (const Format kv : cache_formats)
-                for (const auto& [first, count] : std::vector<std::array<int, 2>>{{0, 9}, {0, 64}, {61, 70}, {500, 33}}) {
+                for (const std::array<int, 2>& part : std::vector<std::array<int, 2>>{{0, 9}, {0, 64}, {61, 70}, {500, 33}}) {
+                    const int heads = shape[0], kv_heads = shape[1], head_dim = shape[2], first = part[0], count = part[1];
                     if (head_dim == 128 && count == 64) continue;
                     Config c = config_of({64, heads, kv_heads, head_dim, 64}, 2048, 1);
                     Twins twins(c, Format::f32, with(kv, 128, 700));
