@@ -599,6 +599,11 @@ public:
 
 #ifndef LLAMA3_KERNELS  // the header includes itself once per instruction set: then only §9 is read
 
+#pragma push_macro("min")  // windows.h, included before without NOMINMAX, makes macros of these
+#pragma push_macro("max")
+#undef min
+#undef max
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -649,11 +654,6 @@ public:
 #pragma GCC optimize("fp-contract=off")
 #endif
 static_assert(FLT_EVAL_METHOD == 0, "llama3.hpp: floats must be rounded to float: compile with -msse2 -mfpmath=sse.");
-
-#pragma push_macro("min")  // windows.h, included before without NOMINMAX, makes macros of these
-#pragma push_macro("max")
-#undef min
-#undef max
 
 namespace llama3 {
 namespace detail {
