@@ -9,6 +9,7 @@ What is not installed (clang++, the cross compilers, qemu, Wine) is named and le
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -160,8 +161,9 @@ class Matrix(Folder):
         self.run_good("g++", *flags, f"-I{SOURCE}", "-c", "plugin.cpp", "-o", "plugin.o")
         for name in ("one.so", "two.so"):
             self.run_good("g++", "-shared", "-fvisibility=hidden", "plugin.o", "bits.o", "implementation.o", "-pthread", "-o", name)
-        exported = [line.split()[-1] for line in self.run_good("nm", "-D", "--defined-only", "-C", "one.so").splitlines()]
-        self.assertEqual([name for name in exported if "llama3" in name or "plugin" in name], ["plugin_run"])
+        # Its own names, mangled; libstdc++ says itself that its templates are seen, also those over types of the library.
+        exported = [line.split()[-1] for line in self.run_good("nm", "-D", "--defined-only", "one.so").splitlines()]
+        self.assertEqual([name for name in exported if not re.match(r"_ZT?[VISTC]?NK?St|_ZSt|_ZT[VIS]St", name)], ["plugin_run"])
         self.write("host.cpp", "#include <dlfcn.h>\nint main() {\n    for (const char* name : {\"./one.so\", \"./two.so\"}) {\n"
                    "        void* plugin = dlopen(name, RTLD_NOW | RTLD_LOCAL);\n        if (!plugin) return 1;\n"
                    "        if (reinterpret_cast<int (*)()>(dlsym(plugin, \"plugin_run\"))() != 0) return 2;\n        dlclose(plugin);\n"
