@@ -63,6 +63,11 @@
 #define LLAMA3_VERSION_PATCH 0
 #define LLAMA3_VERSION "0.1.0"
 
+#pragma push_macro("min")  // windows.h without NOMINMAX makes macros of these, over which standard headers stumble
+#pragma push_macro("max")
+#undef min
+#undef max
+
 #include <array>
 #include <atomic>
 #include <cstddef>
@@ -75,6 +80,9 @@
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#pragma pop_macro("min")
+#pragma pop_macro("max")
 
 namespace llama3 {
 
@@ -599,7 +607,7 @@ public:
 
 #ifndef LLAMA3_KERNELS  // the header includes itself once per instruction set: then only §9 is read
 
-#pragma push_macro("min")  // windows.h, included before without NOMINMAX, makes macros of these
+#pragma push_macro("min")  // as above
 #pragma push_macro("max")
 #undef min
 #undef max
@@ -3811,7 +3819,16 @@ inline void wait_for_change(const std::atomic<std::uint32_t>& word, std::uint32_
         if (i < 1000) pause_briefly();
         else std::this_thread::yield();
     }
+#if defined(__GLIBCXX__) && !defined(__linux__)
+    // Without futexes libstdc++ looks, locks and waits, and misses the notify_all() in between (seen with GCC 12 on Windows): a
+    // team would hang. So sleepers look again by themselves.
+    for (int i = 0; word.load(std::memory_order_acquire) == old; ++i) {
+        if (i < 1000) std::this_thread::yield();
+        else std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+#else
     while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
+#endif
 }
 
 class Barrier {

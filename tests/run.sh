@@ -141,10 +141,11 @@ sees() {
 # Fuzzes each target for some seconds, from the committed corpus and what earlier runs found.
 fuzz() {
     export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
+    # Two at a time: each is compiled together with the library, which takes a minute.
+    check "build, fuzzing" sh -c 'for target in tests/fuzz/fuzz_*.cpp; do basename "$target" .cpp; done | xargs -P 2 -I NAME clang++ -std=c++20 \
+        -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread tests/fuzz/NAME.cpp -o build/NAME' || return
     for target in tests/fuzz/fuzz_*.cpp; do
         name=$(basename "$target" .cpp)
-        check "build, $name" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread \
-            "$target" -o "build/$name" || continue
         mkdir -p "build/corpus/$name"
         check "$name for $1 s" "build/$name" -max_total_time="$1" -rss_limit_mb=4096 -timeout=60 -print_final_stats=1 \
             -artifact_prefix=build/logs/ "build/corpus/$name" "tests/fuzz/corpus/${name#fuzz_}"
