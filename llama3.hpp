@@ -100,6 +100,7 @@ struct Weights;
 class Device;
 class Backend;
 class KVCache;
+class Communicator;
 class Sampler;
 struct Generated;
 struct GenerateOptions;
@@ -175,11 +176,14 @@ private:
 };
 
 struct Options;
-struct MemoryPlan {
+struct MemoryPlan {                       // of one rank, the one that needs most
     std::uint64_t weights_bytes = 0;      // in the file, mapped
     std::uint64_t cache_bytes = 0;        // key/value cache of one session
     std::uint64_t activations_bytes = 0;  // buffers of one session
 };
+// The plan of a model of this shape and number format, before there is one. Throws Error(argument) as Model::plan() does, for
+// numbers of ranks that cannot share the model too.
+MemoryPlan plan_memory(const Config& config, Format format, const Options& options);
 
 // A tensor of a model file, in the file's order. Dimensions 1: plain f32 values [columns]; 2: a matrix in panels (§2).
 struct TensorInfo {
@@ -232,20 +236,31 @@ std::shared_ptr<Device> cpu();  // this machine's processor
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
                              const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
 
+// The processes that `mpirun -n R program` started, as ranks (§13); defined where LLAMA3_MPI is, together with the
+// implementation. Starts MPI if the program has not; the last owner ends it, and on rank 0 sends the others home from follow().
+// A rank that does not hear from the others for timeout_seconds throws Error(device).
+std::shared_ptr<Communicator> mpi(double timeout_seconds = 120);
+
 struct Options {
     std::shared_ptr<Device> device{};  // nullptr: cpu()
     int context = 0;                   // positions in the cache; 0: the model's, at most 8192
     Format kv = Format::bf16;          // format of the cache: f32, bf16 or q8
-    int threads = 0;                   // CPU threads; 0: as many as the machine gives this process
-    int ranks = 1;                     // devices that share each matrix (§13)
-    int chunk = 512;                   // tokens per step of a long prompt; a GPU is faster with 2048
-    std::string isa{};                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
+    int threads = 0;                   // CPU threads of each rank; 0: what the machine gives this process, shared by its ranks
+    int ranks = 1;                     // that share each matrix (§13): threads of this process, or GPUs that it drives
+    std::shared_ptr<Communicator> communicator{};  // instead: this process is one rank of several; not nullptr on all of them
+    int chunk = 512;                               // tokens per step of a long prompt; a GPU is faster with 2048
+    std::string isa{};  // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
-// Seconds spent in each stage (§3), indexed by Stage.
-enum class Stage { embed, project_qkv, attend, project_out, gate_up, down, logits };
-constexpr const char* stage_names[] = {"embed", "project_qkv", "attend", "project_out", "gate_up", "down", "logits"};
-using StageTimes = std::array<double, 7>;
+// What a process does that is not rank 0 of Options::communicator: its share of every step of the sessions that rank 0 has.
+// Returns when rank 0 lets go of its communicator. Device, threads and isa are this rank's own, the rest is as rank 0 has it.
+void follow(const Model& model, const Options& options);
+
+// Seconds spent in each stage (§3), indexed by Stage; communicate: in the sums over ranks, waiting for the others included.
+enum class Stage { embed, project_qkv, attend, project_out, gate_up, down, logits, communicate };
+constexpr const char* stage_names[] = {"embed",   "project_qkv", "attend", "project_out",
+                                       "gate_up", "down",        "logits", "communicate"};
+using StageTimes = std::array<double, 8>;
 
 // One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together. A callback may read and
 // cancel its session, but not replace or destroy it.
@@ -484,6 +499,17 @@ struct Weights {
     Matrix output;                      // [V, D]; the embedding again if tied
 };
 
+// What one rank of several owns of a model, as views: H/R query heads, K/R key/value heads (or one, which it has in common with
+// others, where R > K), about F/R channels and V/R logits. Norms and the embedding table are whole.
+struct Share {
+    Config config;    // with the rank's n_heads, n_kv_heads, ffn_dim and segments
+    Weights weights;  // weights.output has the rank's rows only
+    int rank = 0, ranks = 1;
+};
+// Throws Error(argument) with the numbers of ranks that can share the model (§13).
+Share share_of(const Config& config, const Weights& weights, int rank, int ranks);
+std::uint64_t bytes_of(const Share& share);  // of its weights
+
 // Keys and values of one sequence, in the memory of the back end that made it. Positions 0 to capacity() - 1; which of them
 // hold tokens is the Session's affair. The rows of a batch that share a cache must have increasing positions.
 class KVCache {
@@ -555,7 +581,8 @@ public:
     virtual std::unique_ptr<KVCache> make_cache() = 0;
     virtual int max_rows() const = 0;  // the largest batch that step() takes
     // Runs forward() over the batch. Afterwards logits(i) is the row of the i-th token that wanted logits, in host memory,
-    // until the next step. Returns false if *cancel became true meanwhile (the caches' new positions are then undefined).
+    // until the next step; of one rank of several, its part of the row. Returns false if *cancel became true meanwhile (the
+    // caches' new positions are then undefined).
     virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
     virtual std::span<const float> logits(int i) const = 0;
     virtual StageTimes stage_times() const { return {}; }  // zeros where it is not measured
@@ -577,18 +604,26 @@ public:
 // The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
 std::shared_ptr<Device> reference();
 
-// How ranks meet (§13; this version runs one rank): in the sum at the end of project_out and of down, and when logits are gathered.
+// How ranks meet (§13): in the sum at the end of project_out and of down, and when logits are gathered. Every rank makes the same
+// calls in the same order, from one thread at a time. What fails throws Error(device) on every rank that waits.
 class Communicator {
 public:
     virtual ~Communicator() = default;
     virtual int rank() const = 0;
     virtual int ranks() const = 0;
-    // values[i] = the sum over the ranks in a fixed binary tree: the same bits for every number of ranks up to the segments
+    // values[i] = the sum over the ranks by join_ranks(), on every rank
     virtual void all_reduce_sum(std::span<float> values) = 0;
-    // every rank's part, in order of rank, into whole
+    // Every rank's part, in order of rank, into `whole` of rank 0; the parts may differ in length.
     virtual void gather(std::span<const float> part, std::span<float> whole) = 0;
+    virtual void broadcast(std::vector<std::byte>& message) = 0;  // from rank 0, of any length; may be waited for without end
     virtual void barrier() = 0;
+    virtual void abort() noexcept = 0;  // this rank gives up, so the others must not wait for it: with MPI all processes end
+    virtual std::string describe() const = 0;  // the transport
 };
+
+// out[i] = the sum of parts[rank][i] by a binary tree over the ranks: (0 + 1) + (2 + 3), ... The same bits for every number of
+// ranks up to the segments of attention_out and down, whose tree it continues. out may be one of the parts.
+void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 
 }  // namespace llama3
 
@@ -624,12 +659,16 @@ public:
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef LLAMA3_MPI
+#include <mpi.h>
 #endif
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
@@ -670,6 +709,22 @@ namespace detail {
 [[noreturn]] inline void fail(Code code, const std::string& where, const std::string& what, const std::string& found,
                               const std::string& expected, const std::string& to_do) {
     throw Error(code, where + ": " + what + " (found " + found + ", expected " + expected + "). " + to_do + ".");
+}
+
+// Text of its parts, numbers among them.
+template <class... Parts>
+std::string to_text(const Parts&... parts) {
+    std::string text;
+    const auto add = [&](const auto& part) {
+        if constexpr (std::is_floating_point_v<std::decay_t<decltype(part)>>) {
+            char digits[32];
+            std::snprintf(digits, sizeof digits, "%.7g", static_cast<double>(part));
+            text += digits;
+        } else if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
+        else text += part;
+    };
+    (add(parts), ...);
+    return text;
 }
 
 // fma(a, b, c) = a b + c, rounded once. Where the processor may lack the instruction it is made of exact steps in double: the
@@ -898,7 +953,6 @@ float quantise_group(const float* x, std::int8_t* bytes);  // 32 activations -> 
 int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes,
               float& w_scale);                                                 // q8, q4: one exact product of 32
 void round_trip_channels(Format format, float* to, const float* from, int n);  // what a cache gives back of up to 32 channels
-void check_ranks(const Config& config, int ranks, int available);              // §13
 
 // out = x / sqrt(mean(x²) + ε) ⊙ weight       [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
 void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
@@ -1180,7 +1234,9 @@ private:
 class ReferenceDevice final : public Device {
 public:
     std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
-        check_ranks(model.config(), options.ranks, 1);
+        if (options.ranks != 1)
+            fail(Code::argument, "Options::ranks", "the plain loops do not split a model", std::to_string(options.ranks), "1",
+                 "Use cpu() or cuda()");
         return std::make_unique<ReferenceBackend>(model, options);
     }
     std::uint64_t cache_bytes(const Config& c, const Options& options) const override {
@@ -1674,6 +1730,8 @@ void check_range(const char* name, T value, bool good, const std::string& expect
     if (!good) fail(Code::argument, name, "the value is out of range", std::to_string(value), expected, "Choose another value");
 }
 
+std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const Options& options);  // §13
+
 Options checked_options(const Config& config, Options options) {
     const int most = config.context_length;
     check_range("Options::context", options.context, options.context >= 0 && options.context <= most,
@@ -1683,6 +1741,12 @@ Options checked_options(const Config& config, Options options) {
              "Choose one of these");
     check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
     check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
+    if (options.communicator) {
+        const int ranks = options.communicator->ranks();
+        check_range("Options::ranks", options.ranks, options.ranks == 1 || options.ranks == ranks,
+                    "1 or " + std::to_string(ranks) + ", those of Options::communicator");
+        options.ranks = ranks;
+    }
     check_range("Options::chunk", options.chunk, options.chunk >= 1 && options.chunk <= 65536, "1 to 65536");
     if (options.context == 0) options.context = std::min<int>(most, 8192);
     return options;
@@ -1797,7 +1861,7 @@ Session::Session(Model model, const Options& options)
     : impl_(new Impl{std::move(model), options, options.device ? options.device : cpu()}) {
     Impl& session = *impl_;
     session.options = detail::checked_options(session.model.config(), options);
-    session.backend = session.device->open(session.model, session.options);
+    session.backend = detail::open_backend(*session.device, session.model, session.options);
     session.cache = session.backend->make_cache();
     session.tokens.reserve(static_cast<std::size_t>(session.options.context));
     session.logits.resize(static_cast<std::size_t>(session.model.config().vocab_size));
@@ -1835,7 +1899,8 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
         impls.push_back(&session);
         const Options &a = session.options, &b = impls[0]->options;
         const bool same_model = &session.model.impl() == &impls[0]->model.impl();
-        const bool same_team = a.device == b.device && a.threads == b.threads && a.ranks == b.ranks && a.isa == b.isa;
+        const bool same_team = a.device == b.device && a.threads == b.threads && a.ranks == b.ranks && a.isa == b.isa &&
+                               a.communicator == b.communicator;
         if (!same_model || !same_team || a.kv != b.kv)
             refuse("sessions differ", "another model, device, kv, threads, ranks or isa at " + std::to_string(i),
                    "those of the first");
@@ -1962,6 +2027,39 @@ Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), state_(samplin
     check("Sampling::repeat_last", s.repeat_last, s.repeat_last >= 0, "0 or more");
 }
 
+namespace detail {
+
+// Draws from a row of logits, after the penalty; `random` is a number of the generator.
+int draw_token(std::span<const float> logits, const Sampling& s, std::uint64_t random, std::vector<Candidate>& candidates) {
+    const float best = largest(logits, "Sampler::sample");
+    if (s.temperature == 0) return static_cast<int>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+
+    candidates.clear();
+    candidates.reserve(logits.size());
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+        const float p = relative_probability(logits[i], best, s.temperature);
+        if (p > 0) candidates.emplace_back(p, static_cast<int>(i));
+    }
+    if (s.top_k > 0) keep_best(candidates, s.top_k - 1, [](float) { return 1.0; });
+    if (s.top_p < 1) {
+        float lanes[16] = {};
+        for (const auto& [p, id] : candidates) lanes[id % 16] += p;
+        const double limit = static_cast<double>(s.top_p) * static_cast<double>(sum_lanes(lanes));
+        keep_best(candidates, limit, [](float p) { return static_cast<double>(p); });
+    }
+    if (s.min_p > 0) std::erase_if(candidates, [&](const auto& c) { return c.first < s.min_p; });
+
+    // Candidates are in order of their ids; the one is drawn in whose share of the sum a random point lies.
+    double sum = 0, passed = 0;
+    for (const auto& [p, id] : candidates) sum += static_cast<double>(p);
+    const double point = static_cast<double>(random >> 11) * 0x1p-53 * sum;
+    for (const auto& [p, id] : candidates)
+        if ((passed += static_cast<double>(p)) > point) return id;
+    return candidates.back().second;  // the product was rounded up to the sum
+}
+
+}  // namespace detail
+
 int Sampler::sample(std::span<const float> logits, std::span<const int> history) {
     const detail::FloatEnvironment environment;
     const Sampling& s = sampling_;
@@ -1976,31 +2074,11 @@ int Sampler::sample(std::span<const float> logits, std::span<const int> history)
         }
         logits = penalised_;
     }
-    const float best = detail::largest(logits, "Sampler::sample");
-    if (s.temperature == 0) return static_cast<int>(std::find(logits.begin(), logits.end(), best) - logits.begin());
-
-    candidates_.clear();
-    candidates_.reserve(logits.size());
-    for (std::size_t i = 0; i < logits.size(); ++i) {
-        const float p = detail::relative_probability(logits[i], best, s.temperature);
-        if (p > 0) candidates_.emplace_back(p, static_cast<int>(i));
-    }
-    if (s.top_k > 0) detail::keep_best(candidates_, s.top_k - 1, [](float) { return 1.0; });
-    if (s.top_p < 1) {
-        float lanes[16] = {};
-        for (const auto& [p, id] : candidates_) lanes[id % 16] += p;
-        const double limit = static_cast<double>(s.top_p) * static_cast<double>(detail::sum_lanes(lanes));
-        detail::keep_best(candidates_, limit, [](float p) { return static_cast<double>(p); });
-    }
-    if (s.min_p > 0) std::erase_if(candidates_, [&](const auto& c) { return c.first < s.min_p; });
-
-    // Candidates are in order of their ids; the one is drawn in whose share of the sum a random point lies.
-    double sum = 0, passed = 0;
-    for (const auto& [p, id] : candidates_) sum += static_cast<double>(p);
-    const double point = static_cast<double>(detail::next_random(state_) >> 11) * 0x1p-53 * sum;
-    for (const auto& [p, id] : candidates_)
-        if ((passed += static_cast<double>(p)) > point) return id;
-    return candidates_.back().second;  // the product was rounded up to the sum
+    std::uint64_t state = state_;
+    const std::uint64_t random = s.temperature == 0 ? 0 : detail::next_random(state);
+    const int token = detail::draw_token(logits, s, random, candidates_);
+    state_ = state;
+    return token;
 }
 
 int Sampler::sample(Session& session) {
@@ -3799,7 +3877,7 @@ const Kernels& choose_kernels(const std::string& wanted) {
 // ═══ §11  Threads ══════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
 // A team runs one function on every thread; threads meet at barriers. With OpenMP the team is a parallel region, so that a host
-// that uses OpenMP itself keeps one pool of threads; without, the threads are ours and sleep between the calls.
+// that uses OpenMP itself keeps one pool of threads; without, and for ranks, the threads are ours.
 
 namespace llama3 {
 namespace detail {
@@ -3854,40 +3932,17 @@ private:
     alignas(64) std::atomic<std::uint32_t> phase_{0};
 };
 
-#ifdef _OPENMP
-
-class Team {
+// A team of std::threads, which belong to it and sleep between the calls.
+class ThreadTeam {
 public:
-    explicit Team(int threads) : threads_(threads) {}
-    int threads() const { return threads_; }
-    static const char* name() { return "OpenMP"; }
-    // f(thread, number of threads), which may be fewer than asked for; must not throw.
-    template <class F>
-    void run(Barrier& barrier, const F& f) {
-#pragma omp parallel num_threads(threads_)
-        {
-#pragma omp single
-            barrier.resize(omp_get_num_threads());
-            f(omp_get_thread_num(), omp_get_num_threads());
-        }
-    }
-
-private:
-    int threads_;
-};
-
-#else
-
-class Team {
-public:
-    explicit Team(int threads) : threads_(threads) {
+    explicit ThreadTeam(int threads) : threads_(threads) {
         try {
             for (int i = 1; i < threads; ++i) members_.emplace_back([this, i] { serve(i); });
         } catch (...) {  // the system has no more threads: run with those there are
             threads_ = static_cast<int>(members_.size()) + 1;
         }
     }
-    ~Team() {
+    ~ThreadTeam() {
         stop_ = true;
         epoch_.fetch_add(1);
         epoch_.notify_all();
@@ -3928,6 +3983,32 @@ private:
     std::atomic<bool> stop_{false};
     std::atomic<std::uint32_t> epoch_{0}, working_{0};
 };
+
+#ifdef _OPENMP
+
+class Team {
+public:
+    explicit Team(int threads) : threads_(threads) {}
+    int threads() const { return threads_; }
+    static const char* name() { return "OpenMP"; }
+    // f(thread, number of threads), which may be fewer than asked for; must not throw.
+    template <class F>
+    void run(Barrier& barrier, const F& f) {
+#pragma omp parallel num_threads(threads_)
+        {
+#pragma omp single
+            barrier.resize(omp_get_num_threads());
+            f(omp_get_thread_num(), omp_get_num_threads());
+        }
+    }
+
+private:
+    int threads_;
+};
+
+#else
+
+using Team = ThreadTeam;
 
 #endif
 
@@ -4046,6 +4127,7 @@ private:
 
 struct CpuBuffers {
     Tensor x, query, key, value, mixed, hidden, up;
+    Tensor partial;     // [T + 1, D] this rank's part of a sum over ranks, and a row for the wish to stop; one rank has none
     std::byte* packed;  // activations in the order of a product's tiles
     float* turns;       // [T, E] cos and sin of each row's position
     float* scratch;     // [threads, scratch_floats] rows of a thread's own
@@ -4053,7 +4135,7 @@ struct CpuBuffers {
     std::byte* room;  // [threads, room_bytes] unpacked panels
     std::size_t room_bytes;
 
-    CpuBuffers(Arena& arena, const Config& c, int rows, int threads) {
+    CpuBuffers(Arena& arena, const Config& c, int rows, int threads, int ranks) {
         const int widest = std::max({c.dim, c.n_heads * c.head_dim, c.ffn_dim});
         const std::size_t n = static_cast<std::size_t>(rows);
         x = arena.tensor(rows, c.dim);
@@ -4063,6 +4145,7 @@ struct CpuBuffers {
         mixed = arena.tensor(rows, c.n_heads * c.head_dim);
         hidden = arena.tensor(rows, c.ffn_dim);
         up = arena.tensor(rows, c.ffn_dim);
+        partial = arena.tensor(ranks > 1 ? rows + 1 : 0, c.dim);
         packed = arena.take<std::byte>(static_cast<std::size_t>(round_up(rows, max_tile_tokens)) *
                                        packed_bytes(Format::f32, widest));
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
@@ -4074,24 +4157,28 @@ struct CpuBuffers {
     }
 };
 
+std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options);  // §13
+
 class CpuBackend final : public Backend {
 public:
-    CpuBackend(Model model, const Options& options)
-        : model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv),
-          kernels_(choose_kernels(options.isa)), team_(options.threads), rows_(std::min(options.chunk, options.context)),
-          frequencies_(rope_frequencies(config_)), memory_(buffer_bytes(config_, rows_, team_.threads())),
-          buffers_(place(arena_, memory_), config_, rows_, team_.threads()) {}
+    // The whole model, or the share of one rank.
+    CpuBackend(Model model, const Options& options, Share share)
+        : model_(std::move(model)), share_(std::move(share)), config_(share_.config), communicator_(options.communicator),
+          context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)), team_(options.threads),
+          rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
+          memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
+          buffers_(place(arena_, memory_), config_, rows_, team_.threads(), share_.ranks) {}
 
-    static std::size_t buffer_bytes(const Config& config, int rows, int threads) {
+    static std::size_t buffer_bytes(const Config& config, int rows, int threads, int ranks) {
         Arena count;
-        const CpuBuffers counted(count, config, rows, threads);
+        const CpuBuffers counted(count, config, rows, threads, ranks);
         return count.used();
     }
 
     std::unique_ptr<KVCache> make_cache() override { return std::make_unique<CpuCache>(config_, context_, kv_); }
     int max_rows() const override { return rows_; }
     std::span<const float> logits(int i) const override {
-        return {logits_.data() + static_cast<std::size_t>(i) * logits_stride(), static_cast<std::size_t>(config_.vocab_size)};
+        return {logits_.data() + static_cast<std::size_t>(i) * logits_stride(), static_cast<std::size_t>(n_logits())};
     }
     std::string describe() const override {
         return std::string(kernels_.name) + ", CPU, " + std::to_string(team_.threads()) +
@@ -4106,10 +4193,25 @@ private:
         arena.place(memory.data());
         return arena;
     }
-    std::size_t logits_stride() const { return static_cast<std::size_t>(round_up(config_.vocab_size, 64)); }
+    int n_logits() const { return share_.weights.output.rows; }
+    std::size_t logits_stride() const { return static_cast<std::size_t>(round_up(n_logits(), 64)); }
+    // The first thread's part of a sum over ranks. Here, and only here, ranks agree to stop: the wish travels with the sum.
+    void sum_over_ranks(int n_tokens) noexcept {
+        const Tensor& partial = buffers_.partial;
+        float* const stop = partial.row(n_tokens);
+        *stop = cancel_ && cancel_->load(std::memory_order_relaxed) ? 1.0f : 0.0f;
+        try {
+            communicator_->all_reduce_sum({partial.data, static_cast<std::size_t>(n_tokens) * partial.stride + 1});
+            stopped_ = *stop > 0;
+        } catch (...) {
+            failure_ = std::current_exception(), stopped_ = true;
+        }
+    }
 
     Model model_;
-    Config config_;
+    Share share_;
+    const Config& config_;
+    std::shared_ptr<Communicator> communicator_;  // where there are several ranks
     int context_;
     Format kv_;
     const Kernels& kernels_;
@@ -4125,6 +4227,7 @@ private:
     StageTimes stage_times_{};      // of the first thread
     const std::atomic<bool>* cancel_ = nullptr;
     bool stopped_ = false;  // read and written at barriers only, so that all threads agree
+    std::exception_ptr failure_;
 };
 
 // One thread's part of every stage.
@@ -4225,7 +4328,9 @@ private:
         return {border(thread_), border(thread_ + 1)};
     }
     void meet() {
-        b_.barrier_.wait([this] { b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed); });
+        b_.barrier_.wait([this] {
+            if (b_.share_.ranks == 1) b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed);
+        });
     }
     void end(Stage stage) {
         meet();
@@ -4268,9 +4373,17 @@ private:
     void add_product(Stage stage, Tensor x, const Matrix& w, Tensor input) {
         if (b_.stopped_) return;
         pack_rows(w.format, input, n_tokens_, nullptr);
+        const bool alone = b_.share_.ranks == 1;
         const auto [first, last] = share(w.panels());
-        multiply_panels(w, x, n_tokens_, first, last, true);
+        multiply_panels(w, alone ? x : buffers_.partial, n_tokens_, first, last, alone);
         end(stage);
+        if (alone) return;
+        if (thread_ == 0) b_.sum_over_ranks(n_tokens_);
+        meet();
+        for (int t = 0; t < n_tokens_; ++t)
+            for (int i = first * panel_rows; i < std::min(last * panel_rows, w.rows); ++i)
+                x.row(t)[i] = x.row(t)[i] + buffers_.partial.row(t)[i];
+        end(Stage::communicate);
     }
 
     CpuBackend& b_;
@@ -4288,36 +4401,43 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
     for (int t = 0; t < batch.size(); ++t)
         if (batch.rows[static_cast<std::size_t>(t)].wants_logits) logits_rows_.push_back(t);
     logits_.resize(logits_rows_.size() * logits_stride());
-    cancel_ = cancel, stopped_ = false;
-    const Tensor logits{logits_.data(), static_cast<int>(logits_rows_.size()), config_.vocab_size, logits_stride()};
+    cancel_ = cancel, stopped_ = false, failure_ = nullptr;
+    const Tensor logits{logits_.data(), static_cast<int>(logits_rows_.size()), n_logits(), logits_stride()};
     const Activations activations{buffers_.x, buffers_.query, buffers_.mixed, buffers_.hidden, logits};
     team_.run(barrier_, [&](int thread, int threads) {
         const FloatEnvironment environment;
         CpuWorker worker(*this, thread, threads);
-        forward(worker, model_.weights(), activations, batch);
+        forward(worker, share_.weights, activations, batch);
     });
+    if (failure_) std::rethrow_exception(failure_);
     return !stopped_;
 }
 
 class CpuDevice final : public Device {
 public:
     std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
-        check_ranks(model.config(), options.ranks, 1);
-        return std::make_unique<CpuBackend>(model, with_threads(options));
+        if (options.ranks > 1 && !options.communicator) return open_in_process(*this, model, with_threads(options));
+        const int rank = options.communicator ? options.communicator->rank() : 0;
+        return std::make_unique<CpuBackend>(model, with_threads(options),
+                                            share_of(model.config(), model.weights(), rank, options.ranks));
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
         return CpuCache::bytes(config, options.context, options.kv);
     }
     std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
-        return CpuBackend::buffer_bytes(config, std::min(options.chunk, options.context), with_threads(options).threads);
+        return CpuBackend::buffer_bytes(config, std::min(options.chunk, options.context), with_threads(options).threads,
+                                        options.ranks);
     }
 
 private:
     static Options with_threads(Options options) {
-        if (options.threads == 0) options.threads = usable_cpus();
+        if (options.threads == 0) {
+            int threads = usable_cpus();
 #ifdef _OPENMP
-        if (options.threads == usable_cpus()) options.threads = std::min(options.threads, omp_get_max_threads());
+            threads = std::min(threads, omp_get_max_threads());
 #endif
+            options.threads = std::max(1, options.communicator ? threads : threads / options.ranks);
+        }
         return options;
     }
 };
@@ -4330,28 +4450,652 @@ std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
 
 // ═══ §13  Ranks ════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// Tensor splitting: a rank owns H/R query heads, K/R key/value heads and F/R hidden channels, that is, rows of query, key,
-// value, gate and up, and the segments of columns of attention_out and down that meet them.
+// Tensor splitting (Shoeybi et al., "Megatron-LM", 2019): a rank owns some query heads and the key/value heads that these read,
+// some channels of the feed-forward and some logits, that is, rows of query, key, value, gate, up and output, and the columns of
+// attention_out and down that meet them. It runs forward() over its share like anybody else; ranks meet only where the products
+// of attention_out and down are summed, twice per layer, and when somebody asks for logits. A rank's columns are whole segments,
+// so that its sum is a sub-tree of the one rank's, and join_ranks() the rest of the tree: the bits stay.
+//
+// Per token and layer a rank sends 2 (4 D + 4) bytes to each other one, the 4 being its wish to stop; per token rank 0 gets
+// 4 V/R bytes from each, or 8 k where the best k candidates decide (greedy: 1).
+//
+// Three ways to run: LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in
+// a LeadBackend that tells the others what to do, and those are in follow().
 
 namespace llama3 {
 namespace detail {
 
-// Which numbers of ranks can share a model: R divides the query heads, and divides the key/value heads or is a multiple of
-// them.
-void check_ranks(const Config& config, int ranks, int available) {
-    std::string possible;
-    for (int r = 1; r <= available; ++r)
-        if (config.n_heads % r == 0 && (config.n_kv_heads % r == 0 || r % config.n_kv_heads == 0)) {
-            if (r == ranks) return;
-            possible += (possible.empty() ? "" : ", ") + std::to_string(r);
-        }
-    fail(Code::argument, "Options::ranks",
-         "they cannot share " + std::to_string(config.n_heads) + " query and " + std::to_string(config.n_kv_heads) +
-             " key/value heads on this device",
-         std::to_string(ranks), possible, "Use one of these");
+// ── Shares ──
+
+// Rows from a panel's first on, as a view.
+Matrix rows_of(Matrix m, int first, int rows) {
+    if (m.data) m.data = m.panel(first / panel_rows);
+    m.rows = rows;
+    return m;
+}
+// Columns from a unit's first on: the panels keep their distance.
+Matrix columns_of(Matrix m, int first, int columns, int segments) {
+    if (m.data) m.data += static_cast<std::size_t>(first / unit_columns(m.format)) * unit_bytes(m.format);
+    m.columns = columns, m.segments = segments;
+    return m;
+}
+
+// Where the part of a rank begins, if n things are cut into `ranks` parts at multiples of `unit`.
+int border(int n, int unit, int rank, int ranks) {
+    const std::int64_t units = (n + unit - 1) / unit;
+    return static_cast<int>(std::min<std::int64_t>(units * rank / ranks * unit, n));
+}
+int share_of_segments(int segments, int ranks) { return segments % ranks == 0 ? segments / ranks : 1; }
+
+// R divides H; it divides K or is a multiple of it; heads fill whole panels, and units of attention_out; no rank stays empty.
+bool can_share(const Config& c, const Weights& weights, int ranks) {
+    if (ranks == 1) return true;
+    const int unit = weights.layers.empty() ? 1 : unit_columns(weights.layers[0].attention_out.format);
+    const int heads = c.n_heads / ranks, kv_heads = std::max(1, c.n_kv_heads / ranks);
+    return c.n_heads % ranks == 0 && (c.n_kv_heads % ranks == 0 || ranks % c.n_kv_heads == 0) &&
+           heads * c.head_dim % std::max(panel_rows, unit) == 0 && kv_heads * c.head_dim % panel_rows == 0 &&
+           (c.ffn_dim + 63) / 64 >= ranks && (c.vocab_size + panel_rows - 1) / panel_rows >= ranks;
 }
 
 }  // namespace detail
+
+Share share_of(const Config& config, const Weights& weights, int rank, int ranks) {
+    if (ranks < 1 || ranks > config.n_heads || !detail::can_share(config, weights, ranks)) {
+        std::string possible;
+        for (int r = 1; r <= config.n_heads; ++r)
+            if (detail::can_share(config, weights, r)) possible += (possible.empty() ? "" : ", ") + std::to_string(r);
+        detail::fail(Code::argument, "Options::ranks",
+                     detail::to_text("they cannot share ", config.n_heads, " query and ", config.n_kv_heads,
+                                     " key/value heads of ", config.head_dim),
+                     std::to_string(ranks), possible, "Use one of these");
+    }
+    Share share{config, weights, rank, ranks};
+    if (ranks == 1) return share;
+    Config& c = share.config;
+    c.n_heads = config.n_heads / ranks, c.n_kv_heads = std::max(1, config.n_kv_heads / ranks);
+    c.attention_out_segments = detail::share_of_segments(config.attention_out_segments, ranks);
+    c.down_segments = detail::share_of_segments(config.down_segments, ranks);
+    const int channel = detail::border(config.ffn_dim, 64, rank, ranks);
+    c.ffn_dim = detail::border(config.ffn_dim, 64, rank + 1, ranks) - channel;
+    const int query = rank * c.n_heads * c.head_dim, queries = c.n_heads * c.head_dim;
+    const int key = rank * config.n_kv_heads / ranks * c.head_dim, keys = c.n_kv_heads * c.head_dim;
+    for (Layer& layer : share.weights.layers) {
+        layer.query = detail::rows_of(layer.query, query, queries);
+        layer.key = detail::rows_of(layer.key, key, keys);
+        layer.value = detail::rows_of(layer.value, key, keys);
+        layer.attention_out = detail::columns_of(layer.attention_out, query, queries, c.attention_out_segments);
+        layer.gate = detail::rows_of(layer.gate, channel, c.ffn_dim);
+        layer.up = detail::rows_of(layer.up, channel, c.ffn_dim);
+        layer.down = detail::columns_of(layer.down, channel, c.ffn_dim, c.down_segments);
+    }
+    const int logit = detail::border(config.vocab_size, panel_rows, rank, ranks);
+    share.weights.output =
+        detail::rows_of(weights.output, logit, detail::border(config.vocab_size, panel_rows, rank + 1, ranks) - logit);
+    return share;
+}
+
+std::uint64_t bytes_of(const Share& share) {
+    const auto bytes = [](const Matrix& m) {
+        return static_cast<std::uint64_t>(m.panels()) * static_cast<std::uint64_t>(m.units()) * unit_bytes(m.format);
+    };
+    std::uint64_t sum = bytes(share.weights.embedding);
+    if (!share.config.tied_embedding) sum += bytes(share.weights.output);
+    for (const Layer& l : share.weights.layers)
+        for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) sum += bytes(*m);
+    return sum + 4ull * static_cast<std::uint64_t>(share.config.dim) * (2 * share.weights.layers.size() + 1);
+}
+
+void join_ranks(float* out, std::span<const float* const> parts, std::size_t n) {
+    constexpr std::size_t block = 256;  // keeps the tree's nodes in the cache
+    std::vector<std::array<float, block>> nodes((parts.size() + 1) / 2);
+    for (std::size_t first = 0; first < n; first += block) {
+        const std::size_t count = std::min(block, n - first);
+        for (std::size_t r = 0; r < parts.size(); r += 2)
+            for (std::size_t i = 0; i < count; ++i)
+                nodes[r / 2][i] = r + 1 < parts.size() ? parts[r][first + i] + parts[r + 1][first + i] : parts[r][first + i];
+        for (std::size_t left = nodes.size(); left > 1; left = (left + 1) / 2)
+            for (std::size_t r = 0; r < left; r += 2)
+                for (std::size_t i = 0; i < count; ++i)
+                    nodes[r / 2][i] = r + 1 < left ? nodes[r][i] + nodes[r + 1][i] : nodes[r][i];
+        std::copy_n(nodes[0].begin(), count, out + first);
+    }
+}
+
+namespace detail {
+
+std::uint64_t identity_of(const Model& model);  // §14
+
+// What the rank that needs most needs.
+MemoryPlan plan_ranks(const Config& config, const Weights& weights, Options options) {
+    if (!options.device) options.device = cpu();
+    MemoryPlan plan;
+    for (int rank = 0; rank < options.ranks; ++rank) {
+        const Share share = share_of(config, weights, rank, options.ranks);
+        plan.weights_bytes = std::max(plan.weights_bytes, bytes_of(share));
+        plan.cache_bytes = std::max(plan.cache_bytes, options.device->cache_bytes(share.config, options));
+        plan.activations_bytes = std::max(plan.activations_bytes, options.device->activations_bytes(share.config, options));
+    }
+    return plan;
+}
+
+// ── Ranks in one process ──
+
+// Ranks that are threads. What they exchange stays where it is, and is looked at by the others between two meetings.
+class InProcess final : public Communicator {
+public:
+    struct Group {
+        explicit Group(int n) : ranks(n), parts(static_cast<std::size_t>(n)) {}
+        const int ranks;
+        std::vector<std::span<const float>> parts;  // of each rank
+        std::vector<float> sum;
+        std::vector<std::byte>* message = nullptr;
+        std::atomic<int> arrived{0};
+        std::atomic<std::uint32_t> meeting{0};  // twice their number; odd: a rank has given up
+    };
+    InProcess(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
+
+    int rank() const override { return rank_; }
+    int ranks() const override { return group_->ranks; }
+    std::string describe() const override { return std::to_string(ranks()) + " ranks in one process"; }
+    void all_reduce_sum(std::span<float> values) override {
+        Group& g = *group_;
+        const std::size_t rank = static_cast<std::size_t>(rank_), n = values.size();
+        g.parts[rank] = values;
+        if (rank_ == 0 && g.sum.size() < n) g.sum.resize(n);  // nobody reads it: all have left the last sum
+        barrier();
+        const std::size_t ranks = g.parts.size(), first = n * rank / ranks, last = n * (rank + 1) / ranks;
+        std::vector<const float*> parts;
+        for (const auto& part : g.parts) parts.push_back(part.data() + first);
+        join_ranks(g.sum.data() + first, parts, last - first);
+        barrier();
+        std::copy_n(g.sum.begin(), n, values.begin());
+    }
+    void gather(std::span<const float> part, std::span<float> whole) override {
+        group_->parts[static_cast<std::size_t>(rank_)] = part;
+        barrier();
+        auto to = whole.begin();
+        for (std::size_t r = 0; rank_ == 0 && r < group_->parts.size(); ++r)
+            to = std::copy(group_->parts[r].begin(), group_->parts[r].end(), to);
+        barrier();
+    }
+    void broadcast(std::vector<std::byte>& message) override {
+        if (rank_ == 0) group_->message = &message;
+        barrier();
+        if (rank_ != 0) message = *group_->message;
+        barrier();
+    }
+    void barrier() override {
+        Group& g = *group_;
+        const std::uint32_t meeting = g.meeting.load(std::memory_order_acquire);
+        if (!(meeting & 1) && g.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == g.ranks) {
+            g.arrived.store(0, std::memory_order_relaxed);
+            g.meeting.fetch_add(2);
+            g.meeting.notify_all();
+            return;
+        }
+        if (!(meeting & 1)) wait_for_change(g.meeting, meeting);
+        if (g.meeting.load() >> 1 == meeting >> 1)
+            fail(Code::device, "rank " + std::to_string(rank_), "another rank gave up", "its failure", "an answer",
+                 "See the error of that rank");
+    }
+    void abort() noexcept override {
+        group_->meeting.fetch_or(1);
+        group_->meeting.notify_all();
+    }
+    void mend() const {  // once no rank is inside any more
+        group_->meeting = 0, group_->arrived = 0;
+    }
+
+private:
+    std::shared_ptr<Group> group_;
+    int rank_;
+};
+
+std::vector<std::shared_ptr<InProcess>> ranks_in_process(int ranks) {
+    const auto group = std::make_shared<InProcess::Group>(ranks);
+    std::vector<std::shared_ptr<InProcess>> communicators;
+    for (int r = 0; r < ranks; ++r) communicators.push_back(std::make_shared<InProcess>(group, r));
+    return communicators;
+}
+
+// All ranks of a model as threads of this process: a back end and a cache for each.
+class LocalRanks final : public Backend {
+public:
+    LocalRanks(Device& device, const Model& model, const Options& options)
+        : vocabulary_(static_cast<std::size_t>(model.config().vocab_size)), communicators_(ranks_in_process(options.ranks)),
+          backends_(communicators_.size()), failures_(communicators_.size()), batches_(communicators_.size()),
+          team_(options.ranks) {
+        if (team_.threads() != options.ranks)
+            fail(Code::device, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
+                 std::to_string(options.ranks), "Use fewer ranks");
+        on_all([&](std::size_t rank) {
+            Options own = options;
+            own.communicator = communicators_[rank];
+            backends_[rank] = device.open(model, own);
+        });
+    }
+
+    std::unique_ptr<KVCache> make_cache() override {
+        auto cache = std::make_unique<Cache>();
+        cache->parts.resize(backends_.size());
+        on_all([&](std::size_t rank) { cache->parts[rank] = backends_[rank]->make_cache(); });
+        return cache;
+    }
+    int max_rows() const override { return backends_[0]->max_rows(); }
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        int wanted = 0;
+        for (const Row& row : batch.rows) wanted += row.wants_logits;
+        logits_.resize(static_cast<std::size_t>(wanted) * vocabulary_);
+        bool done = true;  // by all or by none
+        on_all([&](std::size_t rank) {
+            std::vector<Row>& rows = batches_[rank];
+            rows.assign(batch.rows.begin(), batch.rows.end());
+            for (Row& row : rows) row.cache = static_cast<Cache*>(row.cache)->parts[rank].get();
+            const bool own = backends_[rank]->step({rows}, rank == 0 ? cancel : nullptr);
+            if (rank == 0) done = own;
+        });
+        auto to = logits_.begin();
+        for (int i = 0; done && i < wanted; ++i)
+            for (const auto& backend : backends_) to = std::ranges::copy(backend->logits(i), to).out;
+        return done;
+    }
+    std::span<const float> logits(int i) const override {
+        return std::span(logits_).subspan(static_cast<std::size_t>(i) * vocabulary_, vocabulary_);
+    }
+    StageTimes stage_times() const override { return backends_[0]->stage_times(); }
+    std::string describe() const override { return communicators_[0]->describe() + ", each " + backends_[0]->describe(); }
+
+private:
+    struct Cache final : KVCache {
+        std::vector<std::unique_ptr<KVCache>> parts;  // of each rank
+        int capacity() const override { return parts[0]->capacity(); }
+    };
+    // f(rank) on every rank's thread. One that fails frees the others from waiting for it, and is the one to be heard of.
+    template <class F>
+    void on_all(const F& f) {
+        first_failure_ = -1;
+        team_.run(barrier_, [&](int rank, int) {
+            try {
+                f(static_cast<std::size_t>(rank));
+            } catch (...) {
+                int none = -1;
+                failures_[static_cast<std::size_t>(rank)] = std::current_exception();
+                first_failure_.compare_exchange_strong(none, rank);
+                communicators_[0]->abort();
+            }
+        });
+        if (first_failure_ < 0) return;
+        communicators_[0]->mend();
+        std::rethrow_exception(failures_[static_cast<std::size_t>(first_failure_)]);
+    }
+
+    std::size_t vocabulary_;
+    std::vector<std::shared_ptr<InProcess>> communicators_;
+    std::vector<std::unique_ptr<Backend>> backends_;
+    std::vector<std::exception_ptr> failures_;
+    std::vector<std::vector<Row>> batches_;
+    std::vector<float> logits_;
+    std::atomic<int> first_failure_{-1};
+    Barrier barrier_;
+    ThreadTeam team_;
+};
+
+std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options) {
+    share_of(model.config(), model.weights(), 0, options.ranks);  // for its error
+    return std::make_unique<LocalRanks>(device, model, options);
+}
+
+// ── Ranks in several processes ──
+
+// What rank 0 tells the others; `rows` follow. Back ends and caches have the names that rank 0 gives them.
+struct Command {
+    enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
+    Format kv;
+    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates
+    std::uint64_t backend, cache;
+};
+struct CommandRow {
+    std::int32_t token, position;
+    std::uint64_t cache, wants_logits;
+};
+
+// The best k logits of a rank's part of a row: [k] values and [k] ids as floats, which are exact up to 2^24. NaN is no logit, as
+// in Sampler::sample; what is missing is NaN.
+std::vector<float> best_candidates(std::span<const float> logits, int first_id, int k) {
+    std::vector<Candidate> best;
+    for (std::size_t i = 0; i < logits.size(); ++i)
+        if (logits[i] == logits[i]) best.emplace_back(logits[i], first_id + static_cast<int>(i));
+    const auto n = std::min(best.size(), static_cast<std::size_t>(k));
+    std::partial_sort(best.begin(), best.begin() + static_cast<std::ptrdiff_t>(n), best.end(), more_likely);
+    std::vector<float> flat(2 * static_cast<std::size_t>(k), std::numeric_limits<float>::quiet_NaN());
+    for (std::size_t i = 0; i < n; ++i)
+        flat[i] = best[i].first, flat[static_cast<std::size_t>(k) + i] = static_cast<float>(best[i].second);
+    return flat;
+}
+
+// One rank's side of the commands.
+class RankServer {
+public:
+    RankServer(Device& device, Model model, Options options)
+        : device_(device), model_(std::move(model)), options_(std::move(options)),
+          first_logit_(border(model_.config().vocab_size, panel_rows, options_.communicator->rank(), options_.ranks)) {}
+
+    // `whole`: on rank 0 what is gathered. Returns false where a step was cancelled.
+    bool run(const Command& c, std::span<const CommandRow> rows, std::span<float> whole, const std::atomic<bool>* cancel) {
+        Communicator& communicator = *options_.communicator;
+        switch (c.kind) {
+            case Command::Kind::open:
+                check_same_model();
+                options_.kv = c.kv, options_.context = c.context, options_.chunk = c.chunk;
+                backends_[c.backend] = device_.open(model_, options_);
+                break;
+            case Command::Kind::close: backends_.erase(c.backend); break;
+            case Command::Kind::make_cache: caches_[c.cache] = backends_.at(c.backend)->make_cache(); break;
+            case Command::Kind::free_cache: caches_.erase(c.cache); break;
+            case Command::Kind::step:
+                rows_.clear();
+                for (const CommandRow& row : rows)
+                    rows_.push_back({row.token, row.position, caches_.at(row.cache).get(), row.wants_logits != 0});
+                return backends_.at(c.backend)->step({rows_}, cancel);
+            case Command::Kind::logits: communicator.gather(backends_.at(c.backend)->logits(c.index), whole); break;
+            case Command::Kind::candidates:
+                communicator.gather(best_candidates(backends_.at(c.backend)->logits(c.index), first_logit_, c.count), whole);
+        }
+        return true;
+    }
+    Backend& backend(std::uint64_t name) { return *backends_.at(name); }
+    const KVCache& cache(std::uint64_t name) { return *caches_.at(name); }
+
+private:
+    // Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
+    void check_same_model() {
+        std::uint64_t hash = identity_of(model_);
+        std::array<float, 4> words;
+        for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
+        Communicator& communicator = *options_.communicator;
+        std::vector<float> all(communicator.rank() == 0 ? words.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
+        communicator.gather(words, all);
+        std::string others;
+        for (std::size_t i = 0; i < all.size(); i += words.size())
+            if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
+                others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
+        if (!others.empty())
+            fail(Code::format, "model", "not all ranks have the same model and version",
+                 "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
+    }
+
+    Device& device_;
+    Model model_;
+    Options options_;
+    int first_logit_;
+    std::map<std::uint64_t, std::unique_ptr<Backend>> backends_;
+    std::map<std::uint64_t, std::unique_ptr<KVCache>> caches_;
+    std::vector<Row> rows_;
+};
+
+// Rank 0's side: every call is a command to all, itself included.
+class LeadBackend final : public Backend {
+public:
+    LeadBackend(Device& device, const Model& model, const Options& options)
+        : shared_(std::make_shared<Shared>(device, model, options)),
+          vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
+        if (options.communicator->rank() != 0)
+            fail(Code::argument, "Session", "this process is not the one that leads",
+                 "rank " + std::to_string(options.communicator->rank()), "rank 0", "Call follow() here");
+        Command command = about(Command::Kind::open);
+        command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
+        shared_->tell(command);
+    }
+    ~LeadBackend() override { shared_->tell_quietly(about(Command::Kind::close)); }
+
+    std::unique_ptr<KVCache> make_cache() override {
+        Command command = about(Command::Kind::make_cache);
+        command.cache = ++shared_->last_cache;
+        shared_->tell(command);
+        return std::make_unique<Cache>(shared_, command.cache);
+    }
+    int max_rows() const override { return local().max_rows(); }
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        std::vector<CommandRow> rows;
+        for (const Row& row : batch.rows)
+            rows.push_back({row.token, row.position, static_cast<const Cache*>(row.cache)->name, row.wants_logits});
+        row_ = -1;
+        return shared_->tell(about(Command::Kind::step), rows, {}, cancel);
+    }
+    std::span<const float> logits(int i) const override {
+        whole_.resize(vocabulary_);
+        if (std::exchange(row_, i) != i) shared_->tell(about(Command::Kind::logits, i), {}, whole_);
+        return whole_;
+    }
+    // Where the best few of each rank decide, only those travel.
+    int draw(int i, const Sampling& sampling, std::uint64_t random) override {
+        const int k = sampling.temperature == 0 ? 1 : sampling.top_k;
+        if (k < 1 || k > 64) return -1;
+        if (row_ != i) {
+            const std::size_t n = static_cast<std::size_t>(k);
+            std::vector<float> gathered(2 * n * static_cast<std::size_t>(shared_->communicator->ranks()));
+            Command command = about(Command::Kind::candidates, i);
+            command.count = k;
+            shared_->tell(command, {}, gathered);
+            row_ = -1;
+            whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
+            for (std::size_t at = 0; at < gathered.size(); at += at % n == n - 1 ? n + 1 : 1)
+                if (gathered[at] == gathered[at]) whole_[static_cast<std::size_t>(gathered[at + n])] = gathered[at];
+        }
+        const FloatEnvironment environment;
+        return draw_token(whole_, sampling, random, candidates_);
+    }
+    StageTimes stage_times() const override { return local().stage_times(); }
+    std::string describe() const override { return shared_->communicator->describe() + ", rank 0: " + local().describe(); }
+
+private:
+    struct Shared {
+        std::shared_ptr<Communicator> communicator;
+        RankServer server;
+        std::uint64_t last_cache = 0;
+        Shared(Device& device, const Model& model, const Options& options)
+            : communicator(options.communicator), server(device, model, options) {}
+        bool tell(Command command, std::span<const CommandRow> rows = {}, std::span<float> whole = {},
+                  const std::atomic<bool>* cancel = nullptr) {
+            if (!rows.empty()) command.count = static_cast<std::int32_t>(rows.size());
+            std::vector<std::byte> message(sizeof command + rows.size_bytes());
+            std::memcpy(message.data(), &command, sizeof command);
+            if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
+            communicator->broadcast(message);
+            return server.run(command, rows, whole, cancel);
+        }
+        void tell_quietly(const Command& command) noexcept {
+            try {
+                tell(command);
+            } catch (...) {  // the others are gone: nothing is left to be freed there
+            }
+        }
+    };
+    struct Cache final : KVCache {
+        std::shared_ptr<Shared> shared;
+        std::uint64_t name;
+        Cache(std::shared_ptr<Shared> s, std::uint64_t n) : shared(std::move(s)), name(n) {}
+        ~Cache() override {
+            Command command{};
+            command.kind = Command::Kind::free_cache, command.cache = name;
+            shared->tell_quietly(command);
+        }
+        int capacity() const override { return shared->server.cache(name).capacity(); }
+    };
+    Command about(Command::Kind kind, int index = 0) const {
+        Command command{};
+        command.kind = kind, command.index = index;
+        command.backend = reinterpret_cast<std::uintptr_t>(this);
+        return command;
+    }
+    Backend& local() const { return shared_->server.backend(about(Command::Kind::close).backend); }
+
+    std::shared_ptr<Shared> shared_;
+    std::size_t vocabulary_;
+    mutable std::vector<float> whole_;
+    mutable int row_ = -1;  // which row whole_ is
+    std::vector<Candidate> candidates_;
+};
+
+std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const Options& options) {
+    if (options.communicator && options.ranks > 1) return std::make_unique<LeadBackend>(device, model, options);
+    return device.open(model, options);
+}
+
+}  // namespace detail
+
+void follow(const Model& model, const Options& options) {
+    const Options own = detail::checked_options(model.config(), options);
+    if (!own.communicator || own.communicator->rank() == 0)
+        detail::fail(Code::argument, "follow", "this process leads", own.communicator ? "rank 0" : "no communicator",
+                     "another rank of several", "Make a Session here");
+    const std::shared_ptr<Device> device = own.device ? own.device : cpu();
+    detail::RankServer server(*device, model, own);
+    std::vector<std::byte> message;
+    std::vector<detail::CommandRow> rows;
+    for (;;) {
+        own.communicator->broadcast(message);
+        if (message.empty()) return;
+        detail::Command command{};
+        if (message.size() < sizeof command || (message.size() - sizeof command) % sizeof(detail::CommandRow) != 0)
+            detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
+                         "a command", "Run the same version of the program on all ranks");
+        std::memcpy(&command, message.data(), sizeof command);
+        rows.resize((message.size() - sizeof command) / sizeof(detail::CommandRow));
+        if (!rows.empty()) std::memcpy(rows.data(), message.data() + sizeof command, message.size() - sizeof command);
+        server.run(command, rows, {}, nullptr);
+    }
+}
+
+#ifdef LLAMA3_MPI
+namespace detail {
+
+// Ranks that are processes. Sums are gathered by all and joined here: MPI's own reductions have no fixed order.
+class MpiRanks final : public Communicator {
+public:
+    explicit MpiRanks(double timeout_seconds) : timeout_seconds_(timeout_seconds) {
+        int initialised = 0, provided = 0;
+        MPI_Initialized(&initialised);
+        if (!initialised) check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
+        owner_ = !initialised;
+        check(MPI_Comm_dup(MPI_COMM_WORLD, &world_), "MPI_Comm_dup");
+        MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
+        MPI_Comm_rank(world_, &rank_);
+        MPI_Comm_size(world_, &ranks_);
+    }
+    ~MpiRanks() override {
+        try {
+            std::vector<std::byte> nothing;
+            if (rank_ == 0 && !failed_) broadcast(nothing);
+        } catch (...) {  // the others are gone
+        }
+        if (failed_) return;  // MPI_Finalize would wait for them
+        MPI_Comm_free(&world_);
+        if (owner_) MPI_Finalize();
+    }
+    int rank() const override { return rank_; }
+    int ranks() const override { return ranks_; }
+    std::string describe() const override {
+        char version[MPI_MAX_LIBRARY_VERSION_STRING];
+        int length = 0;
+        MPI_Get_library_version(version, &length);
+        const std::string_view text(version, static_cast<std::size_t>(length));
+        return to_text(ranks_, " processes, MPI (", text.substr(0, text.find_first_of(",\n")), ")");
+    }
+    void all_reduce_sum(std::span<float> values) override {
+        constexpr std::size_t most = 1 << 16;  // at a time: bounds the memory
+        const std::size_t ranks = static_cast<std::size_t>(ranks_);
+        std::vector<const float*> parts(ranks);
+        for (std::size_t first = 0; first < values.size(); first += most) {
+            const std::size_t n = std::min(most, values.size() - first);
+            if (gathered_.size() < n * ranks) gathered_.resize(n * ranks);
+            MPI_Request request;
+            check(MPI_Iallgather(values.data() + first, static_cast<int>(n), MPI_FLOAT, gathered_.data(), static_cast<int>(n),
+                                 MPI_FLOAT, world_, &request),
+                  "MPI_Iallgather");
+            finish(request, "a sum");
+            for (std::size_t r = 0; r < ranks; ++r) parts[r] = gathered_.data() + r * n;
+            join_ranks(values.data() + first, parts, n);
+        }
+    }
+    void gather(std::span<const float> part, std::span<float> whole) override {
+        MPI_Request request;
+        if (rank_ != 0) {
+            check(MPI_Isend(part.data(), static_cast<int>(part.size()), MPI_FLOAT, 0, 0, world_, &request), "MPI_Isend");
+            finish(request, "a gather");
+            return;
+        }
+        auto to = std::copy(part.begin(), part.end(), whole.begin());
+        for (int r = 1; r < ranks_; ++r) {
+            int count = 0;
+            check(MPI_Irecv(std::to_address(to), static_cast<int>(whole.end() - to), MPI_FLOAT, r, 0, world_, &request),
+                  "MPI_Irecv");
+            const MPI_Status status = finish(request, "a gather");
+            MPI_Get_count(&status, MPI_FLOAT, &count);
+            to += count;
+        }
+    }
+    void broadcast(std::vector<std::byte>& message) override {
+        std::uint64_t bytes = message.size();
+        MPI_Request request;
+        check(MPI_Ibcast(&bytes, 1, MPI_UINT64_T, 0, world_, &request), "MPI_Ibcast");
+        finish(request, rank_ == 0 ? "a command" : nullptr);
+        message.resize(static_cast<std::size_t>(bytes));
+        if (bytes == 0) return;
+        check(MPI_Ibcast(message.data(), static_cast<int>(bytes), MPI_BYTE, 0, world_, &request), "MPI_Ibcast");
+        finish(request, "a command");
+    }
+    void barrier() override {
+        MPI_Request request;
+        check(MPI_Ibarrier(world_, &request), "MPI_Ibarrier");
+        finish(request, "a barrier");
+    }
+    void abort() noexcept override { MPI_Abort(world_, 1); }
+
+private:
+    void check(int status, const char* call) {
+        if (status == MPI_SUCCESS) return;
+        char text[MPI_MAX_ERROR_STRING];
+        int length = 0;
+        MPI_Error_string(status, text, &length);
+        failed_ = true;
+        fail(Code::device, to_text("rank ", rank_, ", ", call), "MPI failed",
+             std::string(text, static_cast<std::size_t>(length)), "success", "See what happened to the other ranks");
+    }
+    // Waits: for an answer as long as is allowed, for the next command (what: nullptr) as long as it takes, but then asleep.
+    MPI_Status finish(MPI_Request& request, const char* what) {
+        const auto began = std::chrono::steady_clock::now();
+        MPI_Status status;
+        for (int tries = 0, done = 0;; ++tries) {
+            check(MPI_Test(&request, &done, &status), "MPI_Test");
+            if (done) return status;
+            if (tries < 1000) {
+                pause_briefly();
+                continue;
+            }
+            std::this_thread::yield();
+            const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+            if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            if (!what || waited < timeout_seconds_) continue;
+            failed_ = true;
+            fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
+                 to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
+                 "See whether they still run, or wait longer: mpi(timeout_seconds)");
+        }
+    }
+
+    double timeout_seconds_;
+    bool owner_ = false, failed_ = false;
+    MPI_Comm world_ = MPI_COMM_NULL;
+    int rank_ = 0, ranks_ = 1;
+    std::vector<float> gathered_;
+};
+
+}  // namespace detail
+
+std::shared_ptr<Communicator> mpi(double timeout_seconds) { return std::make_shared<detail::MpiRanks>(timeout_seconds); }
+#endif
+
 }  // namespace llama3
 
 // ═══ Part IV: Plumbing ═════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4469,22 +5213,6 @@ constexpr struct {
 };
 constexpr std::size_t chat_format_offset = 56, tied_offset = 60, end_count_offset = 76, end_tokens_offset = 80;
 constexpr std::size_t max_end_tokens = 8;
-
-// Text of its parts, numbers among them.
-template <class... Parts>
-std::string to_text(const Parts&... parts) {
-    std::string text;
-    const auto add = [&](const auto& part) {
-        if constexpr (std::is_floating_point_v<std::decay_t<decltype(part)>>) {
-            char digits[32];
-            std::snprintf(digits, sizeof digits, "%.7g", static_cast<double>(part));
-            text += digits;
-        } else if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
-        else text += part;
-    };
-    (add(parts), ...);
-    return text;
-}
 
 // Compares what a file (or a caller) gives with what it must be.
 struct Check {
@@ -4872,18 +5600,25 @@ std::string write_table(const std::vector<TensorInfo>& tensors) {
 
 // A whole file in memory, allocated once. `fill` writes the bytes of a tensor in place; they are zeros before.
 using FillTensor = std::function<void(const TensorInfo& tensor, std::byte* bytes)>;
+std::vector<TensorInfo> tensors_of_type(const Config& config, Format format) {
+    std::vector<TensorInfo> tensors = required_tensors(config);
+    for (TensorInfo& t : tensors) {
+        const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
+        t.format = t.dimensions == 1 ? Format::f32 : sensitive ? Format::q8 : format;
+    }
+    return tensors;
+}
+
 AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Format format, const std::string& provenance,
                           bool checksums, const FillTensor& fill) {
     const Check check{"configuration", choose_another, Code::argument};
     check_config(check, config);
-    std::vector<TensorInfo> tensors = required_tensors(config);
+    std::vector<TensorInfo> tensors = tensors_of_type(config, format);
     std::string parts[4] = {write_config(config), write_tokenizer(vocabulary), write_table(tensors), provenance};
     std::uint64_t offsets[4], end = header_bytes;
     for (std::size_t i = 0; i < 4; ++i) offsets[i] = align(end, 8), end = offsets[i] + parts[i].size();
     end = align(end, 4096);
     for (TensorInfo& t : tensors) {
-        const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
-        t.format = t.dimensions == 1 ? Format::f32 : sensitive ? Format::q8 : format;
         t.offset = align(end, 64), t.bytes = tensor_bytes(t), end = t.offset + t.bytes;
     }
     check.range<std::uint64_t>("the size of the model", end, 0, std::numeric_limits<std::size_t>::max());
@@ -5044,14 +5779,23 @@ void Model::verify() const {
     }
 }
 
+// A hash of what the file says of itself: configuration, tokenizer, tensors and their checksums.
+std::uint64_t detail::identity_of(const Model& model) {
+    std::string identity = LLAMA3_VERSION;
+    for (const auto& section : model.impl().sections) append(identity, section.bytes, section.checksum);
+    return blake2b(std::as_bytes(std::span(identity)));
+}
+
 MemoryPlan Model::plan(const Options& options) const {
-    Options o = detail::checked_options(impl_->config, options);
-    if (!o.device) o.device = cpu();
-    MemoryPlan plan;
-    for (const TensorInfo& t : impl_->tensors) plan.weights_bytes += t.bytes;
-    plan.cache_bytes = o.device->cache_bytes(impl_->config, o);
-    plan.activations_bytes = o.device->activations_bytes(impl_->config, o);
-    return plan;
+    return detail::plan_ranks(impl_->config, impl_->weights, detail::checked_options(impl_->config, options));
+}
+
+MemoryPlan plan_memory(const Config& config, Format format, const Options& options) {
+    Config c = config;
+    c.attention_out_segments = detail::out_segments(c), c.down_segments = detail::down_segments(c);
+    detail::check_config({"plan_memory", detail::choose_another, Code::argument}, c);
+    const Weights nowhere = detail::bind_weights(nullptr, c, detail::tensors_of_type(c, format));
+    return detail::plan_ranks(c, nowhere, detail::checked_options(c, options));
 }
 
 }  // namespace llama3

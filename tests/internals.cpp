@@ -9,6 +9,7 @@
 #include "test_08_number_formats.inl"
 #include "test_09_kernels.inl"
 #include "test_12_cpu_backend.inl"
+#include "test_13_ranks.inl"
 #include "test_14_model_files.inl"
 #include "test_15_platform.inl"
 #include "test_fuzz_corpus.inl"
