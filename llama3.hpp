@@ -4409,7 +4409,7 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
         CpuWorker worker(*this, thread, threads);
         forward(worker, share_.weights, activations, batch);
     });
-    if (failure_) std::rethrow_exception(failure_);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     return !stopped_;
 }
 
@@ -4666,7 +4666,7 @@ public:
           backends_(communicators_.size()), failures_(communicators_.size()), batches_(communicators_.size()),
           team_(options.ranks) {
         if (team_.threads() != options.ranks)
-            fail(Code::device, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
+            fail(Code::memory, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
                  std::to_string(options.ranks), "Use fewer ranks");
         on_all([&](std::size_t rank) {
             Options own = options;
@@ -4726,7 +4726,9 @@ private:
         });
         if (first_failure_ < 0) return;
         communicators_[0]->mend();
-        std::rethrow_exception(failures_[static_cast<std::size_t>(first_failure_)]);
+        const std::exception_ptr failure = failures_[static_cast<std::size_t>(first_failure_)];
+        std::ranges::fill(failures_, nullptr);
+        std::rethrow_exception(failure);
     }
 
     std::size_t vocabulary_;
