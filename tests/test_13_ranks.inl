@@ -273,6 +273,53 @@ TEST_SUITE("core: ranks") {
         }
     }
 
+    TEST_CASE("a rank reads no byte of the tensors but those of its share, which are as many as planned") {
+        for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
+            const Model model = Model::synthetic(ranks_config(), format);
+            const std::vector<int> prompt = some_tokens(9, model.config().vocab_size);
+            Session alone(model, on_ranks(1));
+            const std::string expected = generated(alone, prompt, {}, 4);
+            // The file as a rank needs it: what it must not read is all ones, NaN in every scale and float.
+            const auto only_the_share = [&](int rank) {
+                const auto image = model.impl().image;
+                const auto memory = std::make_shared<d::AlignedBuffer>(image.size());
+                std::copy(image.begin(), image.end(), memory->data());
+                const auto from = static_cast<std::size_t>(model.tensors().front().offset);
+                std::fill(memory->data() + from, memory->data() + image.size(), std::byte{0xff});
+                std::uint64_t copied = 0;
+                const auto copy = [&](const void* data, std::size_t bytes) {
+                    const auto at = static_cast<std::size_t>(static_cast<const std::byte*>(data) - image.data());
+                    std::memcpy(memory->data() + at, data, bytes);
+                    copied += bytes;
+                };
+                const auto copy_matrix = [&](const Matrix& m) {
+                    for (int p = 0; p < m.panels(); ++p) copy(m.panel(p), static_cast<std::size_t>(m.units()) * unit_bytes(m.format));
+                };
+                const Share share = share_of(model.config(), model.weights(), rank, 4);
+                const auto norm_bytes = static_cast<std::size_t>(share.config.dim) * 4;
+                copy_matrix(share.weights.embedding), copy_matrix(share.weights.output), copy(share.weights.final_norm, norm_bytes);
+                for (const Layer& l : share.weights.layers) {
+                    for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) copy_matrix(*m);
+                    copy(l.attention_norm, norm_bytes), copy(l.ffn_norm, norm_bytes);
+                }
+                CHECK(copied == bytes_of(share));
+                return Model::from_memory({memory->data(), memory->size()}, memory);
+            };
+            std::string found;
+            lead_and_follow(
+                model, 4,
+                [&](const std::shared_ptr<Communicator>& communicator) {
+                    Options options = with(1, 64, Format::bf16);
+                    options.communicator = communicator;
+                    Session session(only_the_share(0), options);
+                    found = generated(session, prompt, {}, 4);
+                },
+                only_the_share);
+            INFO(format_name(format));
+            CHECK(found == expected);
+        }
+    }
+
     TEST_CASE("a rank with another file is named") {
         const Model model = Model::synthetic(ranks_config(), Format::q8), other = Model::synthetic(three_config(), Format::q8);
         try {
