@@ -2707,12 +2707,17 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-// Any processor: SSE2, or what the compiler makes of vectors of 4.
+// Any processor: SSE2, or what the compiler makes of vectors of 4. Its fma takes thirty instructions: unrolled loops of them
+// would only be long.
+#pragma push_macro("LLAMA3_UNROLL")
+#undef LLAMA3_UNROLL
+#define LLAMA3_UNROLL
 #define LLAMA3_KERNELS baseline
 #define LLAMA3_WIDTH 4
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
 #undef LLAMA3_WIDTH
+#pragma pop_macro("LLAMA3_UNROLL")
 
 #if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))  // mingw's GCC misaligns wide spills
 #define LLAMA3_X86_KERNELS 1
@@ -3249,12 +3254,15 @@ LLAMA3_INLINE void unpack_four(Q4, const std::byte* block, int v, std::byte* out
     }
 }
 
-template <class Type, int P>
-void unpack(Unpacked<Type>, const Matrix& w, int panel, std::byte* out) {
-    for (int unit = 0; unit < w.units(); ++unit)
+template <class Type>
+void unpack(Unpacked<Type>, const Product& product, int panel) {
+    constexpr int P = tile_panels;
+    std::byte* out = product.room;
+    for (int unit = 0; unit < product.w.units(); ++unit)
         for (int block = 0; block < 2; ++block, out += 576 * P)
             for (int p = 0; p < P; ++p) {
-                const std::byte* from = w.panel(panel + p) + static_cast<std::size_t>(unit) * unit_bytes(Type::format);
+                const std::byte* from = product.w.panel(std::min(panel + p, product.last_panel - 1)) +
+                                        static_cast<std::size_t>(unit) * unit_bytes(Type::format);
                 for (int v = 0; v < 4; ++v) unpack_four(Type{}, from + 32 * Type::vectors * block, v, out + 64 * p, 64 * P);
                 for (int h = 0; h < parts; ++h)
                     store(reinterpret_cast<float*>(out + 512 * P + 64 * p) + h * lanes,
@@ -3295,31 +3303,33 @@ constexpr bool is_unpacked = false;
 template <class Type>
 constexpr bool is_unpacked<Unpacked<Type>> = true;
 
-// Joins the chains of the segments by the tree and stores them, or adds them to what is there.
-template <int P, int N>
-void join_segments(const Product& product, int panel, int step, int tokens, F (&parts_of_sum)[max_segments][P][parts][N],
-                   float* out) {
-    for (int p = 0; p < P; ++p)
-        for (int h = 0; h < parts; ++h)
-            for (int t = 0; t < tokens; ++t) {
-                for (int n = product.w.segments; n > 1; n /= 2)
-                    for (int s = 0; s < n / 2; ++s)
-                        parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
-                float* to = out + static_cast<std::size_t>(t) * product.stride +
-                            static_cast<std::size_t>((panel + p * step) * panel_rows + h * lanes);
-                store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
-            }
+// Joins the chains of a panel, chains[segment * step + part * tokens + token], by the tree; stores them, or adds them to what is
+// there.
+void join_segments(const Product& product, int panel, F* chains, int step, int tokens, float* out) {
+    for (int n = product.w.segments; n > 1; n /= 2)
+        for (int s = 0; s < n / 2; ++s)
+            for (int i = 0; i < parts * tokens; ++i)
+                chains[s * step + i] = chains[2 * s * step + i] + chains[(2 * s + 1) * step + i];
+    for (int h = 0; h < parts; ++h)
+        for (int t = 0; t < tokens; ++t) {
+            float* to = out + static_cast<std::size_t>(t) * product.stride + panel * panel_rows + h * lanes;
+            const F sum = chains[h * tokens + t];
+            store(to, product.add ? load(to) + sum : sum);
+        }
 }
 
-// A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree.
+// A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree. Panels from
+// `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the code
+// of narrower tiles would.
 template <class Type, int P, int N>
-void multiply_tile(const Product& product, int panel, int step, const std::byte* x, float* out) {
+void multiply_tile(const Product& product, int panel, int step, int last, const std::byte* x, float* out) {
     const Matrix& w = product.w;
     const int units = w.units() / w.segments;
     constexpr std::size_t unit = is_unpacked<Type> ? 2 * 576 * P : unit_bytes(Type::format);
     const std::byte* data[P];
-    for (int p = 0; p < P; ++p) data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(panel + p * step);
-    F parts_of_sum[max_segments][P][parts][N];
+    for (int p = 0; p < P; ++p)
+        data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(std::min(panel + p * step, last - 1));
+    F chains[max_segments][P][parts][N];
     for (int s = 0; s < w.segments; ++s) {
         F sums[P][parts][N];
         LLAMA3_UNROLL
@@ -3334,9 +3344,10 @@ void multiply_tile(const Product& product, int panel, int step, const std::byte*
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) parts_of_sum[s][p][h][t] = sums[p][h][t];
+        for (int t = 0; t < N; ++t) chains[s][p][h][t] = sums[p][h][t];
     }
-    join_segments<P, N>(product, panel, step, N, parts_of_sum, out);
+    for (int p = 0; p < P && panel + p * step < last; ++p)
+        join_segments(product, panel + p * step, chains[0][p][0], P * parts * N, N, out);
 }
 
 // What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
@@ -3344,37 +3355,27 @@ template <class Type>
 using Wide =
     std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
 
-// Many tokens: tile_panels at a time, unpacked once for all tokens. Returns the first panel that is left.
+// Many tokens, whole tiles of them: tile_panels at a time, unpacked once for all.
 template <class Type>
-int multiply_many(const Product& product) {
+void multiply_many(const Product& product, int tokens) {
     const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
-    int panel = product.first_panel;
-    for (; panel + tile_panels <= product.last_panel; panel += tile_panels) {
-        if constexpr (is_unpacked<Wide<Type>>) unpack<Type, tile_panels>(Wide<Type>{}, product.w, panel, product.room);
-        for (int t = 0; t + tile_tokens <= product.tokens; t += tile_tokens)
-            multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1,
-                                                                product.x + static_cast<std::size_t>(t) * token_bytes,
-                                                                product.out + static_cast<std::size_t>(t) * product.stride);
+    for (int panel = product.first_panel; panel < product.last_panel; panel += tile_panels) {
+        if constexpr (is_unpacked<Wide<Type>>) unpack(Wide<Type>{}, product, panel);
+        for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); t += tile_tokens)
+            multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1, product.last_panel,
+                                                                product.x + t * token_bytes, product.out + t * product.stride);
     }
-    return panel;
 }
 
-// N tokens times panels [first, last). Reading several streams of memory at once is faster than one, so the panels are cut
+// Up to N tokens times panels [first, last). Reading several streams of memory at once is faster than one, so the panels are cut
 // into as many runs as a tile has panels.
-template <class Type, int N>
-void multiply_few(const Product& product, int first, int last, const std::byte* x, float* out) {
-    constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
-    const int run = std::max(last - first, 0) / streams;
-    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, x, out);
-    if constexpr (streams > 1)
-        for (int panel = first + run * streams; panel < last; ++panel) multiply_tile<Type, 1, N>(product, panel, 1, x, out);
-}
-
 template <class Type, int N>
 void multiply_few(const Product& product, int first, int last, int tokens, const std::byte* x, float* out) {
     if constexpr (N > 1)
         if (tokens < N) return multiply_few<Type, N - 1>(product, first, last, tokens, x, out);
-    multiply_few<Type, N>(product, first, last, x, out);
+    constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
+    const int run = (last - first + streams - 1) / streams;
+    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, x, out);
 }
 
 static_assert(few_tokens >= tile_tokens);  // what is left of many tokens is few
@@ -3383,16 +3384,15 @@ template <class Type>
 void multiply_as(const Product& product) {
     const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
     const bool many = product.together == tile_tokens && product.tokens >= 4 * tile_tokens;
-    const int done = many ? multiply_many<Type>(product) : product.first_panel;
+    const int done = many ? product.tokens / tile_tokens * tile_tokens : 0;
+    if (many) multiply_many<Type>(product, done);
     const int block = product.tokens <= product.together ? product.last_panel - product.first_panel : 16;  // stays in cache
     for (int first = product.first_panel; first < product.last_panel; first += block)
-        for (int t = 0; t < product.tokens; t += product.together) {
-            const int tokens = std::min(product.together, product.tokens - t);
-            multiply_few<Type, few_tokens>(product, tokens == tile_tokens ? std::max(first, done) : first,
-                                           std::min(first + block, product.last_panel), tokens,
+        for (int t = done; t < product.tokens; t += product.together)
+            multiply_few<Type, few_tokens>(product, first, std::min(first + block, product.last_panel),
+                                           std::min(product.together, product.tokens - t),
                                            product.x + static_cast<std::size_t>(t) * token_bytes,
                                            product.out + static_cast<std::size_t>(t) * product.stride);
-        }
 }
 
 void multiply(const Product& product) {
@@ -3660,7 +3660,7 @@ LLAMA3_INLINE void finish_unit(std::byte* dots) {
 void multiply_tile(const Product& product, int panel, const std::byte* w, const std::byte* x, int tokens, float* out) {
     alignas(64) std::byte dots[2][2 * tile_bytes];
     const int segments = product.w.segments, units = product.w.units() / segments;
-    F parts_of_sum[max_segments][1][1][tile_tokens];
+    F chains[max_segments][tile_tokens];
     begin_unit(x, w);
     finish_unit(dots[0]);
     for (int s = 0; s < segments; ++s) {
@@ -3683,9 +3683,9 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, const 
             if (more) finish_unit(dots[(s * units + u + 1) % 2]);
         }
         LLAMA3_UNROLL
-        for (int t = 0; t < tile_tokens; ++t) parts_of_sum[s][0][0][t] = sums[t];
+        for (int t = 0; t < tile_tokens; ++t) chains[s][t] = sums[t];
     }
-    join_segments<1, tile_tokens>(product, panel, 1, tokens, parts_of_sum, out);
+    join_segments(product, panel, chains[0], tile_tokens, tokens, out);
 }
 
 void multiply_blocks(const Product& product) {
@@ -3712,7 +3712,7 @@ void multiply_blocks(const Product& product) {
 template <int P>
 void multiply_pairs(const Product& product, int panel, int step, const std::byte* x, int tokens, float* out) {
     const Matrix& w = product.w;
-    alignas(64) float sums[max_segments][P][16][16];
+    F sums[max_segments][P][16];
     alignas(64) std::byte rest[tile_bytes];
     const int columns = w.columns / w.segments;
     const std::byte* data[P];
@@ -3768,13 +3768,7 @@ void multiply_pairs(const Product& product, int panel, int step, const std::byte
         }
     }
     forget_loads();
-    for (int p = 0; p < P; ++p)
-        for (int t = 0; t < tokens; ++t) {
-            F parts_of_sum[max_segments][1][1][1];
-            for (int s = 0; s < w.segments; ++s) parts_of_sum[s][0][0][0] = load(sums[s][p][t]);
-            join_segments<1, 1>(product, panel + p * step, 1, 1, parts_of_sum,
-                                out + static_cast<std::size_t>(t) * product.stride);
-        }
+    for (int p = 0; p < P; ++p) join_segments(product, panel + p * step, sums[0][p], P * 16, tokens, out);
 }
 
 void multiply_bf16(const Product& product) {
