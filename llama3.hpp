@@ -689,6 +689,11 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 // The order of arithmetic is part of the specification (bits are equal across compilers and flags), so a compiler must not fuse
@@ -891,7 +896,8 @@ struct CpuFeatures {
     bool avx512_vnni = false;  // together with avx512
     bool avx512_bf16 = false;  // likewise
     bool intel = false;
-    bool amx = false;  // int8 and bf16, with tile registers from the system
+    bool amx = false;      // int8 and bf16, with tile registers from the system
+    bool dotprod = false;  // aarch64: dot products of bytes
 };
 CpuFeatures cpu_features();
 int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
@@ -2772,6 +2778,33 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #undef LLAMA3_AMX
 LLAMA3_TARGET_END
 #endif
+
+#elif defined(__aarch64__)
+
+// Every aarch64: Cortex-A53, A72
+#define LLAMA3_NEON 1
+#define LLAMA3_KERNELS neon
+#define LLAMA3_WIDTH 4
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+
+// Cortex-A55 and A75 (2017), Neoverse, Apple's since A13 and M1, and later
+#if defined(__clang__)
+LLAMA3_TARGET_BEGIN("dotprod")
+#elif defined(__ARM_FEATURE_DOTPROD) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+LLAMA3_TARGET_BEGIN("+dotprod")
+#else  // with less the assembler asks for ARMv8.2; crypto, since the intrinsics may have been compiled with it
+LLAMA3_TARGET_BEGIN("arch=armv8.2-a+crypto+dotprod")
+#endif
+#define LLAMA3_KERNELS neon_dotprod
+#define LLAMA3_DOTPROD 1
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
+#undef LLAMA3_NEON
+#undef LLAMA3_DOTPROD
+LLAMA3_TARGET_END
+
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -2923,12 +2956,13 @@ LLAMA3_INLINE I add_pairs(I sum16, I nibbles, I x) { return _mm256_add_epi16(sum
 LLAMA3_INLINE I finish_pairs(I sum16) { return _mm256_madd_epi16(sum16, _mm256_set1_epi16(1)); }
 #endif
 
-#else  // vectors of 4, in the compiler's own notation
+#else  // vectors of 4, in the compiler's own notation, and what NEON has instructions for
 
 typedef float F __attribute__((vector_size(16)));
 typedef std::int32_t I __attribute__((vector_size(16)));
 typedef std::uint32_t U __attribute__((vector_size(16)));
-constexpr int lanes = 4, tile_tokens = 2, few_tokens = 2, tile_panels = 1, signed_bias = 0;
+typedef std::uint8_t B __attribute__((vector_size(16)));
+constexpr int lanes = 4, tile_panels = 1, signed_bias = 0;
 LLAMA3_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, 16);
@@ -2936,29 +2970,11 @@ LLAMA3_INLINE F load(const float* p) {
 }
 LLAMA3_INLINE void store(float* p, F x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE F splat(float x) { return F{x, x, x, x}; }
-LLAMA3_INLINE F fma(F a, F b, F c) {
-    F y;
-    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
-    return y;
-}
 LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
     const I less = a < b;
     return (F)(((I)yes & less) | ((I)no & ~less));
 }
 LLAMA3_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
-LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
-    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
-}
-LLAMA3_INLINE F load_bf16(const std::byte* p) {
-    std::uint16_t x[4];
-    std::memcpy(x, p, 8);
-    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
-}
-LLAMA3_INLINE F load_bytes(const std::byte* p) {
-    std::int8_t x[4];
-    std::memcpy(x, p, 4);
-    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
-}
 LLAMA3_INLINE I load_bits(const std::byte* p) {
     I x;
     std::memcpy(&x, p, 16);
@@ -2967,12 +2983,6 @@ LLAMA3_INLINE I load_bits(const std::byte* p) {
 LLAMA3_INLINE void store_bits(std::byte* p, I x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
 LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
-LLAMA3_INLINE I to_int(F x) {
-    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
-    for (int i = 0; i < 4; ++i)
-        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
-    return y;
-}
 LLAMA3_INLINE I and_bits(I a, I b) { return a & b; }
 LLAMA3_INLINE I add_int(I a, I b) { return (I)((U)a + (U)b); }
 LLAMA3_INLINE I sub_int(I a, I b) { return (I)((U)a - (U)b); }
@@ -2991,36 +3001,89 @@ LLAMA3_INLINE I shift_right(I x) {
 LLAMA3_INLINE F as_float(I x) { return (F)x; }
 LLAMA3_INLINE I as_int(F x) { return (I)x; }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
+LLAMA3_INLINE I high_nibbles(I x) { return (I)((B)x >> 4); }
+LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
+LLAMA3_INLINE I flip_signs(I x) { return x; }  // both sides of dot_bytes are signed here
+#ifdef LLAMA3_NEON
+constexpr int tile_tokens = 6, few_tokens = 6;
+LLAMA3_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LLAMA3_INLINE F load_bf16(const std::byte* p) { return (F)((U)vmovl_u16(vcreate_u16(load_as<std::uint64_t>(p))) << 16); }
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    return to_float(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_as<std::uint32_t>(p))))));
+}
+LLAMA3_INLINE I to_int(F x) { return vcvtq_s32_f32(x); }  // lanes out of range differ from the other sets': exp() drops them
+LLAMA3_INLINE int sum_of(I x) { return vaddvq_s32(x); }
+LLAMA3_INLINE int max_of(I x) { return vmaxvq_s32(x); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
+    const int16x4_t words = vmovn_s32(x);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    std::memcpy(p, &bytes, 4);
+}
+#ifdef LLAMA3_DOTPROD
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // vdotq_s32, which clang 14 hides unless the whole file is compiled for it
+    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+    return sum;
+}
+#else
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2 * 128 * 127, and fits in 16 bits
+    const int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+}
+#endif
+#else
+constexpr int tile_tokens = 2, few_tokens = 2;
+LLAMA3_INLINE F fma(F a, F b, F c) {
+    F y;
+    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
+    return y;
+}
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
+    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
+}
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    std::uint16_t x[4];
+    std::memcpy(x, p, 8);
+    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    std::int8_t x[4];
+    std::memcpy(x, p, 4);
+    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
+}
+LLAMA3_INLINE I to_int(F x) {
+    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
+    for (int i = 0; i < 4; ++i)
+        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
+    return y;
+}
 LLAMA3_INLINE int sum_of(I x) { return x[0] + x[1] + x[2] + x[3]; }
 LLAMA3_INLINE int max_of(I x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
     for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int8_t>(x[i]);
 }
-LLAMA3_INLINE I high_nibbles(I x) { return (I)((U)x >> 4) & splat_int(0x0f0f0f0f); }
-LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
-LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
     std::int8_t a[16], b[16];
     std::memcpy(a, &w, 16), std::memcpy(b, &x, 16);
     for (int i = 0; i < 4; ++i)
         sum[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
     return sum;
 }
-LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_signed(sum, nibbles, x); }
-LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
+#endif
 
 #endif
 
 LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
 // A sum of products of biased weights begins at `start`, which takes the bias away again.
-#ifdef LLAMA3_VNNI  // one instruction sums four products of unsigned and signed bytes in 32 bits, exactly
+#if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // in 16 bits
+LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
+LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
+#else                                           // in 32 bits, exactly
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) { return dot_bytes(sum, flip_signs(w), x); }
 LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_bytes(sum, nibbles, x); }
 LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
 LLAMA3_INLINE I finish_sum(I sum, const std::byte*) { return sum; }
-#else
-LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
-LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
 #endif
 
 // detail::exp, lane by lane, in the same operations.
@@ -3848,6 +3911,9 @@ std::vector<KernelChoice> all_kernels() {
         std::swap(choices[choices.size() - 2], choices.back());  // there vdpbf16ps has half the rate of two fused multiply-adds
     choices.push_back({&avx_vnni::kernels, cpu.avx2_fma_f16c && cpu.avx_vnni});
     choices.push_back({&avx2::kernels, cpu.avx2_fma_f16c});
+#elif defined(__aarch64__)
+    choices.push_back({&neon_dotprod::kernels, cpu_features().dotprod});
+    choices.push_back({&neon::kernels, true});
 #endif
     choices.push_back({&baseline::kernels, true});
     return choices;
@@ -6007,6 +6073,10 @@ CpuFeatures cpu_features() {
         features.avx_vnni = features.avx2_fma_f16c && has(a, 4);
         features.avx512_bf16 = features.avx512 && has(a, 5);
     }
+#elif defined(__ARM_FEATURE_DOTPROD)  // what the compiler takes for granted, as Apple's does for a Mac
+    features.dotprod = true;
+#elif defined(__aarch64__) && defined(__linux__)
+    features.dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return features;
 }
