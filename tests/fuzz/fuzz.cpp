@@ -13,8 +13,8 @@ namespace {
 
 int planted(const std::uint8_t* data, std::size_t size) {
     const std::vector<std::uint8_t> copy(data, data + size);
-    if (size >= 4 && copy[0] == 'l' && copy[1] == '3' && copy[2] == '!') return copy.data()[size + copy[3] % 8] & 0;
-    return 0;
+    const bool opened = size >= 3 && copy[0] == 'l' && copy[1] == '3' && copy[2] == '!';
+    return opened && copy.data()[size] != 0 ? -1 : 0;  // one byte too far
 }
 
 int (*target)(const std::uint8_t*, std::size_t);
