@@ -4809,17 +4809,41 @@ std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, con
 
 // ── Ranks in several processes ──
 
-// What rank 0 tells the others; `rows` follow. Back ends and caches have the names that rank 0 gives them.
+// What rank 0 tells the others; `count` rows follow a step. Back ends and caches are known by where they are on rank 0.
 struct Command {
     enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
     Format kv;
-    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates
+    std::int32_t context, chunk, index, count;
     std::uint64_t backend, cache;
 };
 struct CommandRow {
     std::int32_t token, position;
     std::uint64_t cache, wants_logits;
 };
+std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr_t>(object); }
+
+void tell(Communicator& communicator, const Command& command, std::span<const CommandRow> rows = {}) {
+    std::vector<std::byte> message(sizeof command + rows.size_bytes());
+    std::memcpy(message.data(), &command, sizeof command);
+    if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
+    communicator.broadcast(message);
+}
+
+// Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
+void check_same_model(Communicator& communicator, const Model& model) {
+    std::uint64_t hash = identity_of(model);
+    std::array<float, 4> words;
+    for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
+    std::vector<float> all(communicator.rank() == 0 ? words.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
+    communicator.gather(words, all);
+    std::string others;
+    for (std::size_t i = 0; i < all.size(); i += words.size())
+        if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
+            others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
+    if (!others.empty())
+        fail(Code::format, "model", "not all ranks have the same model and version",
+             "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
+}
 
 // The best k logits of a rank's part of a row: [k] values and [k] ids as floats, which are exact up to 2^24. NaN is no logit, as
 // in Sampler::sample; what is missing is NaN.
@@ -4835,98 +4859,48 @@ std::vector<float> best_candidates(std::span<const float> logits, int first_id, 
     return flat;
 }
 
-// One rank's side of the commands.
-class RankServer {
-public:
-    RankServer(Device& device, Model model, Options options)
-        : device_(device), model_(std::move(model)), options_(std::move(options)),
-          first_logit_(border(model_.config().vocab_size, panel_rows, options_.communicator->rank(), options_.ranks)) {}
-
-    // `whole`: on rank 0 what is gathered. Returns false where a step was cancelled.
-    bool run(const Command& c, std::span<const CommandRow> rows, std::span<float> whole, const std::atomic<bool>* cancel) {
-        Communicator& communicator = *options_.communicator;
-        switch (c.kind) {
-            case Command::Kind::open:
-                check_same_model();
-                options_.kv = c.kv, options_.context = c.context, options_.chunk = c.chunk;
-                backends_[c.backend] = device_.open(model_, options_);
-                break;
-            case Command::Kind::close: backends_.erase(c.backend); break;
-            case Command::Kind::make_cache: caches_[c.cache] = backends_.at(c.backend)->make_cache(); break;
-            case Command::Kind::free_cache: caches_.erase(c.cache); break;
-            case Command::Kind::step:
-                rows_.clear();
-                for (const CommandRow& row : rows)
-                    rows_.push_back({row.token, row.position, caches_.at(row.cache).get(), row.wants_logits != 0});
-                return backends_.at(c.backend)->step({rows_}, cancel);
-            case Command::Kind::logits: communicator.gather(backends_.at(c.backend)->logits(c.index), whole); break;
-            case Command::Kind::candidates:
-                communicator.gather(best_candidates(backends_.at(c.backend)->logits(c.index), first_logit_, c.count), whole);
-        }
-        return true;
-    }
-    Backend& backend(std::uint64_t name) { return *backends_.at(name); }
-    const KVCache& cache(std::uint64_t name) { return *caches_.at(name); }
-
-private:
-    // Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
-    void check_same_model() {
-        std::uint64_t hash = identity_of(model_);
-        std::array<float, 4> words;
-        for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
-        Communicator& communicator = *options_.communicator;
-        std::vector<float> all(communicator.rank() == 0 ? words.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
-        communicator.gather(words, all);
-        std::string others;
-        for (std::size_t i = 0; i < all.size(); i += words.size())
-            if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
-                others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
-        if (!others.empty())
-            fail(Code::format, "model", "not all ranks have the same model and version",
-                 "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
-    }
-
-    Device& device_;
-    Model model_;
-    Options options_;
-    int first_logit_;
-    std::map<std::uint64_t, std::unique_ptr<Backend>> backends_;
-    std::map<std::uint64_t, std::unique_ptr<KVCache>> caches_;
-    std::vector<Row> rows_;
-};
-
-// Rank 0's side: every call is a command to all, itself included.
+// Rank 0's side: every call is told to the others, and done here as well.
 class LeadBackend final : public Backend {
 public:
     LeadBackend(Device& device, const Model& model, const Options& options)
-        : shared_(std::make_shared<Shared>(device, model, options)),
-          vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
-        if (options.communicator->rank() != 0)
+        : communicator_(options.communicator), vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
+        if (communicator_->rank() != 0)
             fail(Code::argument, "Session", "this process is not the one that leads",
-                 "rank " + std::to_string(options.communicator->rank()), "rank 0", "Call follow() here");
+                 "rank " + std::to_string(communicator_->rank()), "rank 0", "Call follow() here");
         Command command = about(Command::Kind::open);
         command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
-        shared_->tell(command);
+        tell(*communicator_, command);
+        check_same_model(*communicator_, model);
+        backend_ = device.open(model, options);
     }
-    ~LeadBackend() override { shared_->tell_quietly(about(Command::Kind::close)); }
+    ~LeadBackend() override { tell_quietly(*communicator_, about(Command::Kind::close)); }
 
     std::unique_ptr<KVCache> make_cache() override {
+        auto cache = std::make_unique<Cache>(communicator_);
         Command command = about(Command::Kind::make_cache);
-        command.cache = ++shared_->last_cache;
-        shared_->tell(command);
-        return std::make_unique<Cache>(shared_, command.cache);
+        command.cache = name_of(cache.get());
+        tell(*communicator_, command);
+        cache->local = backend_->make_cache();
+        return cache;
     }
-    int max_rows() const override { return local().max_rows(); }
+    int max_rows() const override { return backend_->max_rows(); }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
-        std::vector<CommandRow> rows;
-        for (const Row& row : batch.rows)
-            rows.push_back({row.token, row.position, static_cast<const Cache*>(row.cache)->name, row.wants_logits});
+        std::vector<CommandRow> told;
+        std::vector<Row> rows(batch.rows.begin(), batch.rows.end());
+        for (Row& row : rows) {
+            told.push_back({row.token, row.position, name_of(row.cache), row.wants_logits});
+            row.cache = static_cast<Cache*>(row.cache)->local.get();
+        }
         row_ = -1;
-        return shared_->tell(about(Command::Kind::step), rows, {}, cancel);
+        tell(*communicator_, about(Command::Kind::step), told);
+        return backend_->step({rows}, cancel);
     }
     std::span<const float> logits(int i) const override {
+        if (row_ == i) return whole_;
         whole_.resize(vocabulary_);
-        if (std::exchange(row_, i) != i) shared_->tell(about(Command::Kind::logits, i), {}, whole_);
+        tell(*communicator_, about(Command::Kind::logits, i));
+        communicator_->gather(backend_->logits(i), whole_);
+        row_ = i;
         return whole_;
     }
     // Where the best few of each rank decide, only those travel.
@@ -4935,10 +4909,9 @@ public:
         if (k < 1 || k > 64) return -1;
         if (row_ != i) {
             const std::size_t n = static_cast<std::size_t>(k);
-            std::vector<float> gathered(2 * n * static_cast<std::size_t>(shared_->communicator->ranks()));
-            Command command = about(Command::Kind::candidates, i);
-            command.count = k;
-            shared_->tell(command, {}, gathered);
+            std::vector<float> gathered(2 * n * static_cast<std::size_t>(communicator_->ranks()));
+            tell(*communicator_, about(Command::Kind::candidates, i, k));
+            communicator_->gather(best_candidates(backend_->logits(i), 0, k), gathered);
             row_ = -1;
             whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
             for (std::size_t at = 0; at < gathered.size(); at += at % n == n - 1 ? n + 1 : 1)
@@ -4947,53 +4920,36 @@ public:
         const FloatEnvironment environment;
         return draw_token(whole_, sampling, random, candidates_);
     }
-    StageTimes stage_times() const override { return local().stage_times(); }
-    std::string describe() const override { return shared_->communicator->describe() + ", rank 0: " + local().describe(); }
+    StageTimes stage_times() const override { return backend_->stage_times(); }
+    std::string describe() const override { return communicator_->describe() + ", rank 0: " + backend_->describe(); }
 
 private:
-    struct Shared {
-        std::shared_ptr<Communicator> communicator;
-        RankServer server;
-        std::uint64_t last_cache = 0;
-        Shared(Device& device, const Model& model, const Options& options)
-            : communicator(options.communicator), server(device, model, options) {}
-        bool tell(Command command, std::span<const CommandRow> rows = {}, std::span<float> whole = {},
-                  const std::atomic<bool>* cancel = nullptr) {
-            if (!rows.empty()) command.count = static_cast<std::int32_t>(rows.size());
-            std::vector<std::byte> message(sizeof command + rows.size_bytes());
-            std::memcpy(message.data(), &command, sizeof command);
-            if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
-            communicator->broadcast(message);
-            return server.run(command, rows, whole, cancel);
-        }
-        void tell_quietly(const Command& command) noexcept {
-            try {
-                tell(command);
-            } catch (...) {  // the others are gone: nothing is left to be freed there
-            }
-        }
-    };
     struct Cache final : KVCache {
-        std::shared_ptr<Shared> shared;
-        std::uint64_t name;
-        Cache(std::shared_ptr<Shared> s, std::uint64_t n) : shared(std::move(s)), name(n) {}
+        std::shared_ptr<Communicator> communicator;
+        std::unique_ptr<KVCache> local;
+        explicit Cache(std::shared_ptr<Communicator> c) : communicator(std::move(c)) {}
         ~Cache() override {
             Command command{};
-            command.kind = Command::Kind::free_cache, command.cache = name;
-            shared->tell_quietly(command);
+            command.kind = Command::Kind::free_cache, command.cache = name_of(this);
+            tell_quietly(*communicator, command);
         }
-        int capacity() const override { return shared->server.cache(name).capacity(); }
+        int capacity() const override { return local->capacity(); }
     };
-    Command about(Command::Kind kind, int index = 0) const {
+    static void tell_quietly(Communicator& communicator, const Command& command) noexcept {
+        try {
+            tell(communicator, command);
+        } catch (...) {  // the others are gone: nothing is left to be freed there
+        }
+    }
+    Command about(Command::Kind kind, int index = 0, int count = 0) const {
         Command command{};
-        command.kind = kind, command.index = index;
-        command.backend = reinterpret_cast<std::uintptr_t>(this);
+        command.kind = kind, command.index = index, command.count = count, command.backend = name_of(this);
         return command;
     }
-    Backend& local() const { return shared_->server.backend(about(Command::Kind::close).backend); }
 
-    std::shared_ptr<Shared> shared_;
+    std::shared_ptr<Communicator> communicator_;
     std::size_t vocabulary_;
+    std::unique_ptr<Backend> backend_;
     mutable std::vector<float> whole_;
     mutable int row_ = -1;  // which row whole_ is
     std::vector<Candidate> candidates_;
@@ -5007,25 +4963,48 @@ std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const 
 }  // namespace detail
 
 void follow(const Model& model, const Options& options) {
-    const Options own = detail::checked_options(model.config(), options);
+    using Kind = detail::Command::Kind;
+    Options own = detail::checked_options(model.config(), options);
     if (!own.communicator || own.communicator->rank() == 0)
         detail::fail(Code::argument, "follow", "this process leads", own.communicator ? "rank 0" : "no communicator",
                      "another rank of several", "Make a Session here");
+    Communicator& communicator = *own.communicator;
     const std::shared_ptr<Device> device = own.device ? own.device : cpu();
-    detail::RankServer server(*device, model, own);
+    const int first_logit = detail::border(model.config().vocab_size, panel_rows, communicator.rank(), own.ranks);
+    std::map<std::uint64_t, std::unique_ptr<Backend>> backends;
+    std::map<std::uint64_t, std::unique_ptr<KVCache>> caches;
     std::vector<std::byte> message;
-    std::vector<detail::CommandRow> rows;
+    std::vector<Row> rows;
     for (;;) {
-        own.communicator->broadcast(message);
+        communicator.broadcast(message);
         if (message.empty()) return;
         detail::Command command{};
-        if (message.size() < sizeof command || (message.size() - sizeof command) % sizeof(detail::CommandRow) != 0)
+        if (message.size() < sizeof command)
             detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
                          "a command", "Run the same version of the program on all ranks");
         std::memcpy(&command, message.data(), sizeof command);
-        rows.resize((message.size() - sizeof command) / sizeof(detail::CommandRow));
-        if (!rows.empty()) std::memcpy(rows.data(), message.data() + sizeof command, message.size() - sizeof command);
-        server.run(command, rows, {}, nullptr);
+        std::unique_ptr<Backend>& backend = backends[command.backend];
+        switch (command.kind) {
+            case Kind::open:
+                detail::check_same_model(communicator, model);
+                own.kv = command.kv, own.context = command.context, own.chunk = command.chunk;
+                backend = device->open(model, own);
+                break;
+            case Kind::close: backends.erase(command.backend); break;
+            case Kind::make_cache: caches[command.cache] = backend->make_cache(); break;
+            case Kind::free_cache: caches.erase(command.cache); break;
+            case Kind::step:
+                rows.clear();
+                for (std::size_t at = sizeof command; at < message.size(); at += sizeof(detail::CommandRow)) {
+                    const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
+                    rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
+                }
+                backend->step({rows}, nullptr);
+                break;
+            case Kind::logits: communicator.gather(backend->logits(command.index), {}); break;
+            case Kind::candidates:
+                communicator.gather(detail::best_candidates(backend->logits(command.index), first_logit, command.count), {});
+        }
     }
 }
 

@@ -320,6 +320,31 @@ TEST_SUITE("core: ranks") {
         }
     }
 
+    TEST_CASE("rank 0 may have several sessions, also in one batch, and end them in any order") {
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        lead_and_follow(model, 4, [&](const std::shared_ptr<Communicator>& communicator) {
+            Options options = with(1, 8, Format::q8);
+            options.communicator = communicator;
+            auto a = std::make_unique<Session>(model, options);
+            options.context = 64, options.chunk = 64;
+            auto b = std::make_unique<Session>(model, options);
+            Session alone_a(model, on_ranks(1, 1, 8, Format::q8)), alone_b(model, on_ranks(1, 1, 8, Format::q8));
+            for (Session* session : {a.get(), &alone_a}) session->feed(some_tokens(20, model.config().vocab_size));
+            for (Session* session : {b.get(), &alone_b}) session->feed(some_tokens(5, model.config().vocab_size));
+            const std::vector<int> tokens = {3, 4};
+            Session::feed_together(std::vector{a.get(), b.get()}, tokens);
+            Session::feed_together(std::vector{&alone_a, &alone_b}, tokens);
+            CHECK(equal(row(a->logits()), row(alone_a.logits())));
+            CHECK(equal(row(b->logits()), row(alone_b.logits())));
+            a.reset();
+            b->feed(tokens), alone_b.feed(tokens);
+            CHECK(equal(row(b->logits()), row(alone_b.logits())));
+            a = std::make_unique<Session>(model, options);
+            a->feed(tokens), alone_a.rewind(0), alone_a.feed(tokens);
+            CHECK(equal(row(a->logits()), row(alone_a.logits())));
+        });
+    }
+
     TEST_CASE("a rank with another file is named") {
         const Model model = Model::synthetic(ranks_config(), Format::q8), other = Model::synthetic(three_config(), Format::q8);
         try {
