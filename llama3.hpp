@@ -1,7 +1,7 @@
 // llama3.hpp: Llama 3, 3.1, 3.2 and 3.3 text models in one C++20 header. MIT licence, at the end of the file.
 //
 // What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AMX, AVX-512,
-// AVX-VNNI, AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
+// AVX-VNNI, AVX2, NEON and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
 // with -fopenmp it runs on OpenMP, without on a small team of std::threads. Models are .l3 files made by convert/convert.py.
 //
 // A whole program:
@@ -2821,7 +2821,8 @@ namespace LLAMA3_KERNELS {
 //
 // F: `lanes` floats, with the operators + - * / of the compiler's vector types. I: as many int32, or four times as many bytes.
 // A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored)
-// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact.
+// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact. Where both
+// sides are signed, nothing is added to q8.
 
 #if LLAMA3_WIDTH == 16
 
@@ -3021,8 +3022,9 @@ LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
     std::memcpy(p, &bytes, 4);
 }
 #ifdef LLAMA3_DOTPROD
-LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // vdotq_s32, which clang 14 hides unless the whole file is compiled for it
-    asm("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+// vdotq_lane_s32, which clang 14 hides unless the whole file is compiled for it; x has the same bytes in every lane.
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
+    asm("sdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sum) : "w"(w), "w"(std::bit_cast<float>(x[0])));
     return sum;
 }
 #else
