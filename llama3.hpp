@@ -2740,10 +2740,12 @@ LLAMA3_TARGET_END
 // Intel's desktop chips since Alder Lake (2021), which lack AVX-512
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 #define LLAMA3_KERNELS avx_vnni
+#define LLAMA3_LIKE avx2
 #define LLAMA3_WIDTH 8
 #define LLAMA3_VNNI 1
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
+#undef LLAMA3_LIKE
 #undef LLAMA3_WIDTH
 #undef LLAMA3_VNNI
 LLAMA3_TARGET_END
@@ -2760,9 +2762,11 @@ LLAMA3_TARGET_END
 // Intel Cooper Lake and Sapphire Rapids, AMD Zen 4 and later
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LLAMA3_KERNELS avx512_bf16
+#define LLAMA3_LIKE avx512
 #define LLAMA3_BF16 1
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
+#undef LLAMA3_LIKE
 #undef LLAMA3_WIDTH
 #undef LLAMA3_VNNI
 #undef LLAMA3_BF16
@@ -3035,7 +3039,7 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2
 #endif
 #else
 constexpr int tile_tokens = 2, few_tokens = 2;
-LLAMA3_INLINE F fma(F a, F b, F c) {
+__attribute__((noinline)) static F fma(F a, F b, F c) {
     F y;
     for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
     return y;
@@ -3118,8 +3122,8 @@ constexpr bool own_bf16 = false;
 
 // ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-#ifdef LLAMA3_BF16  // only products of bf16 differ
-using avx512::attend, avx512::normalise, avx512::swiglu;
+#ifdef LLAMA3_LIKE  // only products differ
+using LLAMA3_LIKE::attend, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
 #else
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
@@ -3463,13 +3467,13 @@ void multiply_as(const Product& product) {
 void multiply(const Product& product) {
 #ifdef LLAMA3_BF16
     if (product.w.format == Format::bf16) return multiply_as<BF16>(product);
-    return avx512::multiply(product);
+    return LLAMA3_LIKE::multiply(product);
 #else
     with_format(product.w.format, [&](auto type) { multiply_as<decltype(type)>(product); });
 #endif
 }
 
-#ifndef LLAMA3_BF16
+#ifndef LLAMA3_LIKE
 void swiglu(float* gate, const float* up, int n) {
     for (int i = 0; i < n; i += lanes) {
         const F g = load(gate + i);
