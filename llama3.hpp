@@ -4747,7 +4747,8 @@ std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, con
 
 // ── Ranks in several processes ──
 
-// What rank 0 tells the others; `rows` follow. Back ends and caches have the names that rank 0 gives them.
+// What rank 0 tells the others; `rows` follow. Back ends and caches are named by their addresses on rank 0, where sessions of
+// several back ends may be fed together.
 struct Command {
     enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
     Format kv;
@@ -4777,7 +4778,7 @@ std::vector<float> best_candidates(std::span<const float> logits, int first_id, 
 class RankServer {
 public:
     RankServer(Device& device, Model model, Options options)
-        : device_(device), model_(std::move(model)), options_(std::move(options)),
+        : device_(device), model_(std::move(model)), options_(std::move(options)), leads_(options_.communicator->rank() == 0),
           first_logit_(border(model_.config().vocab_size, panel_rows, options_.communicator->rank(), options_.ranks)) {}
 
     // `whole`: on rank 0 what is gathered. Returns false where a step was cancelled.
@@ -4790,12 +4791,17 @@ public:
                 backends_[c.backend] = device_.open(model_, options_);
                 break;
             case Command::Kind::close: backends_.erase(c.backend); break;
-            case Command::Kind::make_cache: caches_[c.cache] = backends_.at(c.backend)->make_cache(); break;
+            case Command::Kind::make_cache:
+                if (!leads_) caches_[c.cache] = backends_.at(c.backend)->make_cache();
+                break;
             case Command::Kind::free_cache: caches_.erase(c.cache); break;
             case Command::Kind::step:
                 rows_.clear();
                 for (const CommandRow& row : rows)
-                    rows_.push_back({row.token, row.position, caches_.at(row.cache).get(), row.wants_logits != 0});
+                    rows_.push_back({row.token, row.position,
+                                     leads_ ? reinterpret_cast<KVCache*>(static_cast<std::uintptr_t>(row.cache))
+                                            : caches_.at(row.cache).get(),
+                                     row.wants_logits != 0});
                 return backends_.at(c.backend)->step({rows_}, cancel);
             case Command::Kind::logits: communicator.gather(backends_.at(c.backend)->logits(c.index), whole); break;
             case Command::Kind::candidates:
@@ -4804,7 +4810,6 @@ public:
         return true;
     }
     Backend& backend(std::uint64_t name) { return *backends_.at(name); }
-    const KVCache& cache(std::uint64_t name) { return *caches_.at(name); }
 
 private:
     // Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
@@ -4827,6 +4832,7 @@ private:
     Device& device_;
     Model model_;
     Options options_;
+    bool leads_;
     int first_logit_;
     std::map<std::uint64_t, std::unique_ptr<Backend>> backends_;
     std::map<std::uint64_t, std::unique_ptr<KVCache>> caches_;
@@ -4849,16 +4855,17 @@ public:
     ~LeadBackend() override { shared_->tell_quietly(about(Command::Kind::close)); }
 
     std::unique_ptr<KVCache> make_cache() override {
+        auto cache = std::make_unique<Cache>(shared_, local().make_cache());
         Command command = about(Command::Kind::make_cache);
-        command.cache = ++shared_->last_cache;
+        command.cache = cache->name();
         shared_->tell(command);
-        return std::make_unique<Cache>(shared_, command.cache);
+        return cache;
     }
     int max_rows() const override { return local().max_rows(); }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
         std::vector<CommandRow> rows;
         for (const Row& row : batch.rows)
-            rows.push_back({row.token, row.position, static_cast<const Cache*>(row.cache)->name, row.wants_logits});
+            rows.push_back({row.token, row.position, static_cast<const Cache*>(row.cache)->name(), row.wants_logits});
         row_ = -1;
         return shared_->tell(about(Command::Kind::step), rows, {}, cancel);
     }
@@ -4892,7 +4899,6 @@ private:
     struct Shared {
         std::shared_ptr<Communicator> communicator;
         RankServer server;
-        std::uint64_t last_cache = 0;
         Shared(Device& device, const Model& model, const Options& options)
             : communicator(options.communicator), server(device, model, options) {}
         bool tell(Command command, std::span<const CommandRow> rows = {}, std::span<float> whole = {},
@@ -4913,14 +4919,15 @@ private:
     };
     struct Cache final : KVCache {
         std::shared_ptr<Shared> shared;
-        std::uint64_t name;
-        Cache(std::shared_ptr<Shared> s, std::uint64_t n) : shared(std::move(s)), name(n) {}
+        std::unique_ptr<KVCache> part;  // of rank 0
+        Cache(std::shared_ptr<Shared> s, std::unique_ptr<KVCache> p) : shared(std::move(s)), part(std::move(p)) {}
         ~Cache() override {
             Command command{};
-            command.kind = Command::Kind::free_cache, command.cache = name;
+            command.kind = Command::Kind::free_cache, command.cache = name();
             shared->tell_quietly(command);
         }
-        int capacity() const override { return shared->server.cache(name).capacity(); }
+        std::uint64_t name() const { return reinterpret_cast<std::uintptr_t>(part.get()); }
+        int capacity() const override { return part->capacity(); }
     };
     Command about(Command::Kind kind, int index = 0) const {
         Command command{};
@@ -5076,7 +5083,7 @@ private:
             std::this_thread::yield();
             const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
             if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            if (!what || waited < timeout_seconds_) continue;
+            if (!what || waited < (failed_ ? 0 : timeout_seconds_)) continue;
             failed_ = true;
             fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
                  to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
