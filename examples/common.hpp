@@ -61,14 +61,16 @@ int run(const Body& body) {
     } catch (const std::exception& error) {
         message = error.what();
     }
+    const auto communicator = world().lock();
     if (place.rank > 0) {  // what fails on all ranks is said by the first, which then ends the others
+        if (!communicator) return 1;
         std::this_thread::sleep_for(std::chrono::milliseconds(500 + 100 * place.rank));
         if (message.rfind("rank ", 0) != 0) message = "rank " + std::to_string(place.rank) + ", " + message;
     }
     std::replace(message.begin(), message.end(), '\n', ' ');
     std::cout.flush();
     std::cerr << message << '\n';
-    if (const auto communicator = world().lock()) communicator->abort();
+    if (communicator) communicator->abort();
     return 1;
 }
 
