@@ -5123,7 +5123,7 @@ private:
             std::this_thread::yield();
             const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
             if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            if (!what || waited < timeout_seconds_) continue;
+            if (!what || waited < (failed_ ? 0 : timeout_seconds_)) continue;
             failed_ = true;
             fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
                  to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
