@@ -2633,8 +2633,8 @@ struct Product {
     std::byte* room;  // of unpacked_bytes()
 };
 
-// Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by
-// position.
+// Keys and values of one segment of positions, of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane
+// is a position; values by position.
 struct CacheView {
     Format format;
     std::byte* keys;              // [P/16][E][16]
@@ -2644,14 +2644,23 @@ struct CacheView {
     int head_dim;
 };
 
-// out[g] = softmax(query[g] · keysᵀ / √E) values over positions 0 to n - 1, for the G query heads that share a key/value head.
+// out[t, g] = softmax(query[t, g] · keysᵀ / √E) values over positions 0 to that of row t, for consecutive rows of one sequence
+// and the G query heads that share a key/value head: each key and value that is read serves all of them.
 struct Attention {
-    CacheView cache;
-    const float* query;  // [G, E]
-    float* out;          // [G, E]
-    float* scratch;      // [4, 512] scores, then [4, E rounded up to 16] for a segment's mix and as much for the joined one
-    int n_queries;       // G
-    int n;
+    CacheView cache;     // of the segment that is asked for
+    const Row* rows;     // [n_rows]
+    const float* query;  // [n_rows, stride], of which G E are used
+    float* out;          // likewise
+    std::size_t stride;
+    int n_rows;
+    int n_queries;   // G
+    float* scratch;  // of attention_floats()
+    int queries() const { return n_rows * n_queries; }
+    int segments() const { return rows[n_rows - 1].position / attention_segment + 1; }
+    // Positions of a segment that query head q of all rows sees.
+    int seen(int q, int segment) const {
+        return std::clamp(rows[q / n_queries].position + 1 - segment * attention_segment, 0, attention_segment);
+    }
 };
 
 struct Kernels {
@@ -2669,7 +2678,10 @@ struct Kernels {
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
     void (*multiply)(const Product& product);
     void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
-    void (*attend)(const Attention& attention);
+    // mix: [queries, attention_width] sums of one segment, not yet divided; [queries] largest scores; [queries] totals
+    void (*attend)(const Attention& attention, int segment, float* mix);
+    // joined: the first segment's mix, to which this one's is added (segment 0: nothing is); out, where it is the last
+    void (*join)(const Attention& attention, int segment, float* joined, const float* mix);
 };
 
 // Bytes of one packed token: floats, or per block of 32 columns 32 bytes, a float and an int32.
@@ -2689,6 +2701,18 @@ inline std::size_t unpacked_bytes(int panels, int columns) {
 // Head width as it is stored for values, and groups of channels that share a scale.
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
 inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / block_columns; }
+
+// Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
+// rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
+constexpr int attention_chunk = 64, attention_queries = 64, score_stride = attention_segment + 16;
+inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 32)); }
+inline std::size_t mix_floats(int queries, int head_dim) {
+    return static_cast<std::size_t>(round_up(queries * (attention_width(head_dim) + 2), 16));
+}
+inline std::size_t attention_floats(int queries, int head_dim) {
+    const int rows = 1 + (head_dim + attention_segment - 1) / attention_segment;  // scores, and a query in parts
+    return static_cast<std::size_t>(queries * rows * score_stride + attention_chunk * attention_width(head_dim));
+}
 
 }  // namespace detail
 }  // namespace llama3
@@ -3092,8 +3116,8 @@ LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
 LLAMA3_INLINE I finish_sum(I sum, const std::byte*) { return sum; }
 #endif
 
-// detail::exp, lane by lane, in the same operations.
-LLAMA3_INLINE F exp(F x) {
+// detail::exp, lane by lane, in the same operations, for x <= 88.72 or NaN.
+LLAMA3_INLINE F exp_finite(F x) {
     const F round = splat(12582912.0f);
     const F n = fma(x, splat(1.44269504088896341f), round) - round;
     const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
@@ -3108,10 +3132,9 @@ LLAMA3_INLINE F exp(F x) {
     const I exponent = to_int(n), half = shift_right<1>(exponent);
     const F first = as_float(shift_left<23>(add_int(half, splat_int(127))));
     const F second = as_float(shift_left<23>(add_int(sub_int(exponent, half), splat_int(127))));
-    F y = p * first * second;
-    y = where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), y);
-    return where_less(x, splat(-87.33f), splat(0), y);
+    return where_less(x, splat(-87.33f), splat(0), p * first * second);
 }
+LLAMA3_INLINE F exp(F x) { return where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), exp_finite(x)); }
 
 constexpr int parts = panel_rows / lanes;  // vectors per panel column
 #ifdef LLAMA3_BF16
@@ -3123,7 +3146,7 @@ constexpr bool own_bf16 = false;
 // ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 #ifdef LLAMA3_LIKE  // only products differ
-using LLAMA3_LIKE::attend, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
+using LLAMA3_LIKE::attend, LLAMA3_LIKE::join, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
 #else
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
@@ -3489,134 +3512,223 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
     else return load_bytes(from + index) * scale;
 }
 
-// mix[g, channel] = Σ_j scores[g, j] value[first + j, channel], for V vectors of channels from c on.
-template <Format kv, int G, int V>
-LLAMA3_INLINE void mix_values(const CacheView& cache, int first, int count, std::size_t c, const float* scores, float* mix) {
-    const std::size_t padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
+// Query heads at a time, and vectors of positions or channels that each meets.
+constexpr int attention_heads = lanes == 16 ? 8 : 4, attention_vectors = lanes == 4 ? 4 : 2;
+constexpr int attention_step = attention_vectors * lanes;
+
+// `count` positions from `first` on, a multiple of attention_step: their keys [position / step][E][step], their values
+// [position][attention_width].
+template <Format kv>
+void decode_chunk(const CacheView& cache, bool keys, int first, int count, float* to) {
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
                       groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
-    F sums[G][V];
+    // Sixteens: positions of one channel, or channels of one position. A group of them has one vector of scales.
+    const std::size_t sixteens = keys ? width : padded / 16, group = keys ? block_columns : block_columns / 16,
+                      stride = keys ? attention_step : 16;
+    for (int j = 0; j < count; j += keys ? 16 : 1) {
+        const std::size_t p = static_cast<std::size_t>(first + j);
+        const std::byte* from = keys ? cache.keys : cache.values;
+        float* out = keys ? to + static_cast<std::size_t>(j / attention_step * attention_step) * width + j % attention_step
+                          : to + j * attention_width(cache.head_dim);
+        for (std::size_t g = 0; g < groups; ++g) {
+            F scales[parts];
+            for (int h = 0; h < parts; ++h) {
+                scales[h] = splat(0);
+                if constexpr (kv == Format::q8)
+                    scales[h] = keys ? load_fp16(cache.key_scales + (p / 16 * groups + g) * 16 + h * lanes)
+                                     : splat(from_fp16(cache.value_scales[p * groups + g]));
+            }
+            for (std::size_t i = g * group; i < std::min(sixteens, (g + 1) * group); ++i) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                store(out + i * stride + h * lanes,
+                      load_cached<kv>(from, (keys ? p * width : p * padded) + i * 16 + static_cast<std::size_t>(h * lanes),
+                                      scales[h]));
+        }
+    }
+}
+
+struct HeadProducts {
+    float* sums;  // [heads, sums_stride], attention_step columns
+    std::size_t sums_stride;
+    const float* factors;  // [heads, score_stride]
+    const float* vectors;  // [count, stride]
+    std::size_t stride;
+    int count;
+    bool fresh;              // sums start at 0
+    const std::byte* ahead;  // what will be read soon
+    std::size_t ahead_stride;
+};
+
+// sums[n] += Σ_i factors[n][i] vectors[i] for N heads, a chain per element: scores (i: channel, lane: position) and the mix of
+// values (i: position, lane: channel).
+template <int N>
+void add_products(const HeadProducts& p, int n) {
+    if constexpr (N > 1)
+        if (n < N) return add_products<N / 2>(p, n);
+    F sums[N][attention_vectors];
     LLAMA3_UNROLL
-    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v) sums[g][v] = splat(0);
-    for (int j = 0; j < count; ++j) {
-        const std::size_t position = static_cast<std::size_t>(first + j);
+    for (int h = 0; h < N; ++h) LLAMA3_UNROLL
+    for (int v = 0; v < attention_vectors; ++v)
+        sums[h][v] = p.fresh ? splat(0) : load(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes);
+    const float *factors = p.factors, *vectors = p.vectors;
+    const std::byte* ahead = p.ahead;
+    for (const float* end = factors + p.count; factors < end; ++factors, vectors += p.stride, ahead += p.ahead_stride) {
+        __builtin_prefetch(ahead, 0, 2);
+        F x[attention_vectors];
         LLAMA3_UNROLL
-        for (int v = 0; v < V; ++v) {
-            const std::size_t channel = c + static_cast<std::size_t>(v * lanes);
-            F value_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                value_scale = splat(from_fp16(cache.value_scales[position * groups + channel / block_columns]));
-            const F value = load_cached<kv>(cache.values, position * padded + channel, value_scale);
+        for (int v = 0; v < attention_vectors; ++v) x[v] = load(vectors + v * lanes);
+        LLAMA3_UNROLL
+        for (int h = 0; h < N; ++h) {
+            const F factor = splat(factors[h * score_stride]);
             LLAMA3_UNROLL
-            for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
+            for (int v = 0; v < attention_vectors; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
         }
     }
     LLAMA3_UNROLL
-    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v)
-        store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
+    for (int h = 0; h < N; ++h) LLAMA3_UNROLL
+    for (int v = 0; v < attention_vectors; ++v)
+        store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
 }
 
-// One segment of G heads. Scores first (lane = position), then the softmax over the segment, then the mix (lane = channel).
-template <Format kv, int G>
-void attend_segment(const Attention& a, const float* query, int first, int count, float* largest, float* total, float* mix) {
+// row[j] *= scale, j < count, and -∞ up to a multiple of 16; returns the largest.
+LLAMA3_INLINE float scale_scores(float* row, int count, float scale) {
+    F most = splat(-std::numeric_limits<float>::infinity());
+    for (int j = count; j % 16 != 0; ++j) row[j] = -std::numeric_limits<float>::infinity();
+    for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
+    for (int h = 0; h < 16; h += lanes) {
+        const F score = load(row + j + h) * splat(scale);
+        store(row + j + h, score);
+        most = max(most, score);
+    }
+    float values[lanes];
+    store(values, most);
+    for (int half = lanes / 2; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) values[i] = std::max(values[i], values[i + half]);
+    return values[0];
+}
+
+// row[j] = e^(row[j] - largest), none of which is above 1; returns their sum, over 16 lanes.
+LLAMA3_INLINE float exponentiate(float* row, int count, float largest) {
+    F sums[parts];
+    for (int h = 0; h < parts; ++h) sums[h] = splat(0);
+    for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        const F p = exp_finite(load(row + j + h * lanes) - splat(largest));
+        store(row + j + h * lanes, p);
+        sums[h] = sums[h] + p;
+    }
+    float values[16];
+    for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
+    return sum_lanes(values);
+}
+
+// One segment (§5, attend_reference): all scores, then the softmax, then the mix.
+template <Format kv>
+void attend_segment(const Attention& a, int segment, float* mix) {
     const CacheView& cache = a.cache;
     const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      mix_width = static_cast<std::size_t>(attention_width(cache.head_dim)),
                       padded = static_cast<std::size_t>(padded_width(cache.head_dim));
-    const std::size_t groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
-    const F scale = splat(1 / std::sqrt(static_cast<float>(cache.head_dim)));
-    float* scores = a.scratch;
-    for (int j = 0; j < count; j += 16) {
-        const std::size_t tile = static_cast<std::size_t>(first + j) / 16;
-        F dots[G][parts];
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) dots[g][h] = splat(0);
-        for (std::size_t e = 0; e < width; ++e) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
-            F key_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                key_scale = load_fp16(cache.key_scales + (tile * groups + e / block_columns) * 16 +
-                                      static_cast<std::size_t>(h * lanes));
-            const F key = load_cached<kv>(cache.keys, (tile * width + e) * 16 + static_cast<std::size_t>(h * lanes), key_scale);
-            LLAMA3_UNROLL
-            for (int g = 0; g < G; ++g)
-                dots[g][h] = fma(splat(query[static_cast<std::size_t>(g) * width + e]), key, dots[g][h]);
+    constexpr std::size_t element = kv == Format::f32 ? 4 : kv == Format::bf16 ? 2 : 1;
+    const int queries = a.queries(), count = a.seen(queries - 1, segment);
+    int begin = 0;
+    while (a.seen(begin, segment) == 0) begin += a.n_queries;
+    const auto row = [](float* rows, int q) { return rows + static_cast<std::size_t>(q) * score_stride; };
+    const auto heads = [&](int q) {
+        return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::min(queries - q, attention_heads))));
+    };
+    float *const scores = a.scratch, *const vectors = row(scores, queries),
+                 *const packed = vectors + attention_chunk * mix_width;
+    for (int q = begin; q < queries; ++q)
+        for (std::size_t e = 0; e < width; e += attention_segment)
+            std::memcpy(row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                        a.query + static_cast<std::size_t>(q / a.n_queries) * a.stride +
+                            static_cast<std::size_t>(q % a.n_queries) * width + e,
+                        4 * std::min<std::size_t>(width - e, attention_segment));
+    for (int j = 0; j < count; j += attention_chunk) {
+        const std::size_t position = static_cast<std::size_t>(j);
+        decode_chunk<kv>(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
+        for (int q = begin, n; q < queries; q += n) {
+            n = heads(q);
+            for (int i = 0; i < std::min(a.seen(q + n - 1, segment) - j, attention_chunk); i += attention_step)
+                for (std::size_t e = 0; e < width; e += attention_segment)
+                    add_products<attention_heads>(
+                        {row(scores, q) + j + i, score_stride,
+                         row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                         vectors + (static_cast<std::size_t>(i) * width + e * attention_step), attention_step,
+                         static_cast<int>(std::min<std::size_t>(width - e, attention_segment)), e == 0,
+                         cache.keys + (position + attention_chunk + static_cast<std::size_t>(i)) * width * element,
+                         attention_step * element},
+                        n);
         }
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) store(scores + g * attention_segment + j + h * lanes, dots[g][h] * scale);
     }
-    for (int g = 0; g < G; ++g) {
-        float* row = scores + g * attention_segment;
-        const int filled = static_cast<int>(round_up(count, 16));
-        for (int j = count; j < filled; ++j)
-            row[j] = -std::numeric_limits<float>::infinity();  // positions that are not there yet
-        F most = load(row);
-        for (int j = lanes; j < filled; j += lanes) most = max(most, load(row + j));
-        float values[16];
-        store(values, most);
-        largest[g] = values[0];
-        for (int i = 1; i < lanes; ++i) largest[g] = std::max(largest[g], values[i]);
-        F sums[parts];
-        for (int h = 0; h < parts; ++h) sums[h] = splat(0);
-        for (int j = 0; j < filled; j += 16)
-            for (int h = 0; h < parts; ++h) {
-                const F p = exp(load(row + j + h * lanes) - splat(largest[g]));
-                store(row + j + h * lanes, p);
-                sums[h] = sums[h] + p;
+    float *const largest = mix + static_cast<std::size_t>(queries) * mix_width, *const total = largest + queries;
+    const float scale = 1 / std::sqrt(static_cast<float>(cache.head_dim));
+    // Two loops: the processor can look for the largest score of one head while it still waits for that of another.
+    for (int q = begin; q < queries; ++q) largest[q] = scale_scores(row(scores, q), a.seen(q, segment), scale);
+    for (int q = begin; q < queries; ++q) total[q] = exponentiate(row(scores, q), a.seen(q, segment), largest[q]);
+    for (int j = 0; j < count; j += attention_chunk) {
+        const std::size_t position = static_cast<std::size_t>(j);
+        decode_chunk<kv>(cache, false, j, std::min(count - j, attention_chunk), vectors);
+        for (int q = begin, n; q < queries; q += n) {
+            n = heads(q);
+            // Together as far as the first of them sees: a product with a weight of zero would still let NaN through.
+            const int common = std::clamp(a.seen(q, segment) - j, 0, attention_chunk);
+            for (std::size_t c = 0; c < mix_width; c += attention_step) {
+                HeadProducts p{mix + static_cast<std::size_t>(q) * mix_width + c,
+                               mix_width,
+                               row(scores, q) + j,
+                               vectors + c,
+                               mix_width,
+                               common,
+                               j == 0,
+                               cache.values + ((position + attention_chunk) * padded + c) * element,
+                               padded * element};
+                add_products<attention_heads>(p, n);
+                p.fresh = false, p.factors += common, p.vectors += static_cast<std::size_t>(common) * mix_width;
+                for (int other = q + 1; other < q + n; ++other) {
+                    p.sums += mix_width, p.factors += score_stride;
+                    p.count = std::min(a.seen(other, segment) - j, attention_chunk) - common;
+                    if (p.count > 0) add_products<1>(p, 1);
+                }
             }
-        for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
-        total[g] = sum_lanes(values);
-    }
-    constexpr std::size_t most = parts == 1 ? 4 * lanes : 16;  // channels at a time
-    std::size_t c = 0;
-    for (; c + most <= padded; c += most)
-        mix_values<kv, G, static_cast<int>(most) / lanes>(cache, first, count, c, scores, mix);
-    if constexpr (most > 16)
-        for (; c < padded; c += 16) mix_values<kv, G, parts>(cache, first, count, c, scores, mix);
-}
-
-// G heads over all segments, joined in order (§5, attend_reference).
-template <Format kv, int G>
-void attend_heads(const Attention& a, int head) {
-    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
-                      padded = static_cast<std::size_t>(padded_width(a.cache.head_dim));
-    const float* query = a.query + static_cast<std::size_t>(head) * width;
-    float* mix = a.scratch + 4 * attention_segment;
-    float* joined = mix + 4 * padded;
-    float largest[G], total[G], segment_largest[G], segment_total[G];
-    attend_segment<kv, G>(a, query, 0, std::min(a.n, attention_segment), largest, total, joined);
-    for (int first = attention_segment; first < a.n; first += attention_segment) {
-        attend_segment<kv, G>(a, query, first, std::min(a.n - first, attention_segment), segment_largest, segment_total, mix);
-        for (int g = 0; g < G; ++g) {
-            const float both = std::max(largest[g], segment_largest[g]);
-            const float old_share = detail::exp(largest[g] - both), new_share = detail::exp(segment_largest[g] - both);
-            total[g] = detail::fma(segment_total[g], new_share, total[g] * old_share);
-            largest[g] = both;
-            for (std::size_t e = static_cast<std::size_t>(g) * padded; e < static_cast<std::size_t>(g + 1) * padded; e += lanes)
-                store(joined + e, fma(load(mix + e), splat(new_share), load(joined + e) * splat(old_share)));
         }
     }
-    for (int g = 0; g < G; ++g) {
-        const float inverse = 1 / total[g];
-        for (std::size_t e = 0; e < width; ++e)
-            a.out[static_cast<std::size_t>(head + g) * width + e] = joined[static_cast<std::size_t>(g) * padded + e] * inverse;
+}
+
+void attend(const Attention& a, int segment, float* mix) {
+    if (a.cache.format == Format::f32) attend_segment<Format::f32>(a, segment, mix);
+    else if (a.cache.format == Format::bf16) attend_segment<Format::bf16>(a, segment, mix);
+    else attend_segment<Format::q8>(a, segment, mix);
+}
+
+// §5, attend_reference: the running softmax over segments.
+void join(const Attention& a, int segment, float* joined, const float* mix) {
+    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
+                      mix_width = static_cast<std::size_t>(attention_width(a.cache.head_dim)),
+                      queries = static_cast<std::size_t>(a.queries());
+    for (std::size_t q = 0; q < queries; ++q) {
+        float *to = joined + q * mix_width, *largest = joined + queries * mix_width + q, *total = largest + queries;
+        if (segment > 0 && a.seen(static_cast<int>(q), segment) > 0) {
+            const float *from = mix + q * mix_width, *other = mix + queries * mix_width + q;
+            const float both = std::max(*largest, other[0]);
+            float shares[2 * lanes];
+            store(shares, exp(splat(*largest - both))), store(shares + lanes, exp(splat(other[0] - both)));
+            const float old_share = shares[0], new_share = shares[lanes];
+            *total = detail::fma(other[queries], new_share, *total * old_share);
+            *largest = both;
+            for (std::size_t e = 0; e < mix_width; e += lanes)
+                store(to + e, fma(load(from + e), splat(new_share), load(to + e) * splat(old_share)));
+        }
+        if (segment + 1 < a.segments()) continue;
+        const std::size_t group = static_cast<std::size_t>(a.n_queries);
+        float* out = a.out + q / group * a.stride + q % group * width;
+        const float inverse = 1 / *total;
+        std::size_t e = 0;
+        for (; e + lanes <= width; e += lanes) store(out + e, load(to + e) * splat(inverse));
+        for (; e < width; ++e) out[e] = to[e] * inverse;
     }
-}
-
-template <Format kv>
-void attend_as(const Attention& a) {
-    int head = 0;
-    for (; head + 4 <= a.n_queries; head += 4) attend_heads<kv, 4>(a, head);
-    if (head + 2 <= a.n_queries) attend_heads<kv, 2>(a, head), head += 2;
-    if (head < a.n_queries) attend_heads<kv, 1>(a, head);
-}
-
-void attend(const Attention& a) {
-    if (a.cache.format == Format::f32) attend_as<Format::f32>(a);
-    else if (a.cache.format == Format::bf16) attend_as<Format::bf16>(a);
-    else attend_as<Format::q8>(a);
 }
 
 #endif
@@ -3629,7 +3741,8 @@ const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
                          pack,
                          multiply,
                          swiglu,
-                         attend};
+                         attend,
+                         join};
 
 }  // namespace LLAMA3_KERNELS
 }  // namespace detail
@@ -3881,7 +3994,8 @@ const Kernels kernels = {"amx",
                          pack,
                          multiply,
                          swiglu,
-                         attend};
+                         attend,
+                         join};
 
 }  // namespace amx
 }  // namespace detail
@@ -4090,40 +4204,33 @@ using Team = ThreadTeam;
 namespace llama3 {
 namespace detail {
 
-// The CPU's cache: per layer and key/value head the arrays of CacheView, one after the other.
+// The CPU's cache, [segment][layer][key/value head] the arrays of CacheView: in the order in which a conversation fills it, so
+// that large pages, which spare attention most of its page walks, take no memory long before it is needed.
 class CpuCache final : public KVCache {
 public:
-    static std::size_t head_bytes(const Config& config, int capacity, Format format) {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity, 16)),
-                          groups = static_cast<std::size_t>(scale_groups(config.head_dim));
-        const std::size_t element = format == Format::f32    ? 4
-                                    : format == Format::bf16 ? 2
-                                                             : 1,
-                          scales = format == Format::q8 ? 2 * groups : 0;
-        const std::size_t per_position =
-            element * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) + 2 * scales;
-        return static_cast<std::size_t>(round_up(static_cast<std::int64_t>(positions * per_position), 64));
-    }
     static std::size_t bytes(const Config& config, int capacity, Format format) {
-        return head_bytes(config, capacity, format) * static_cast<std::size_t>(config.n_layers) *
-               static_cast<std::size_t>(config.n_kv_heads);
+        return static_cast<std::size_t>(round_up(capacity, 16)) * position_bytes(config, format) *
+               static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(config.n_kv_heads);
     }
 
     CpuCache(const Config& config, int capacity, Format format)
-        : n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity), format_(format),
-          head_bytes_(head_bytes(config, capacity, format)), memory_(bytes(config, capacity, format)) {}
+        : n_layers_(config.n_layers), n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity),
+          format_(format), position_bytes_(position_bytes(config, format)), memory_(bytes(config, capacity, format), true) {}
 
     int capacity() const override { return capacity_; }
 
-    CacheView view(int layer, int head) const {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity_, 16)),
-                          width = static_cast<std::size_t>(head_dim_);
-        const std::size_t padded = static_cast<std::size_t>(padded_width(head_dim_)),
-                          groups = static_cast<std::size_t>(scale_groups(head_dim_));
-        const std::size_t element = format_ == Format::f32 ? 4 : format_ == Format::bf16 ? 2 : 1;
-        std::byte* at = memory_.data() + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(n_kv_heads_) +
-                                          static_cast<std::size_t>(head)) *
-                                             head_bytes_;
+    CacheView view(int layer, int head, int segment) const {
+        const std::size_t width = static_cast<std::size_t>(head_dim_),
+                          padded = static_cast<std::size_t>(padded_width(head_dim_)),
+                          groups = static_cast<std::size_t>(scale_groups(head_dim_)), element = element_bytes(format_);
+        const std::size_t first = static_cast<std::size_t>(segment) * attention_segment,
+                          heads = static_cast<std::size_t>(n_kv_heads_),
+                          positions = std::min<std::size_t>(attention_segment,
+                                                            static_cast<std::size_t>(round_up(capacity_, 16)) - first);
+        std::byte* at =
+            memory_.data() + (first * static_cast<std::size_t>(n_layers_) * heads +
+                              (static_cast<std::size_t>(layer) * heads + static_cast<std::size_t>(head)) * positions) *
+                                 position_bytes_;
         CacheView view{format_, at, nullptr, at + positions * width * element, nullptr, head_dim_};
         if (format_ == Format::q8) {
             view.key_scales = reinterpret_cast<std::uint16_t*>(view.values + positions * padded);
@@ -4134,11 +4241,11 @@ public:
 
     // Writes the key and value [E] of one position.
     void store(int layer, int head, int position, const float* key, const float* value) {
-        const CacheView view = this->view(layer, head);
+        const CacheView view = this->view(layer, head, position / attention_segment);
         const std::size_t width = static_cast<std::size_t>(head_dim_),
                           padded = static_cast<std::size_t>(padded_width(head_dim_));
         const std::size_t groups = static_cast<std::size_t>(scale_groups(head_dim_));
-        const std::size_t p = static_cast<std::size_t>(position), tile = p / 16 * width * 16 + p % 16;
+        const std::size_t p = static_cast<std::size_t>(position % attention_segment), tile = p / 16 * width * 16 + p % 16;
         for (std::size_t first = 0; first < width; first += block_columns) {
             const std::size_t n = std::min<std::size_t>(block_columns, width - first);
             if (format_ == Format::q8) {
@@ -4164,9 +4271,15 @@ public:
     }
 
 private:
-    int n_kv_heads_, head_dim_, capacity_;
+    static std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+    static std::size_t position_bytes(const Config& config, Format format) {  // of one head
+        return element_bytes(format) * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) +
+               (format == Format::q8 ? 4 * static_cast<std::size_t>(scale_groups(config.head_dim)) : 0);
+    }
+
+    int n_layers_, n_kv_heads_, head_dim_, capacity_;
     Format format_;
-    std::size_t head_bytes_;
+    std::size_t position_bytes_;
     AlignedBuffer memory_;
 };
 
@@ -4195,8 +4308,9 @@ struct CpuBuffers {
     Tensor x, query, key, value, mixed, hidden, up;
     Tensor partial;     // [T + 1, D] this rank's part of a sum over ranks, and a row for the wish to stop; one rank has none
     std::byte* packed;  // activations in the order of a product's tiles
-    float* turns;       // [T, E] cos and sin of each row's position
-    float* scratch;     // [threads, scratch_floats] rows of a thread's own
+    std::size_t packed_bytes;
+    float* turns;    // [T, E] cos and sin of each row's position
+    float* scratch;  // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
     std::byte* room;  // [threads, room_bytes] unpacked panels
     std::size_t room_bytes;
@@ -4212,11 +4326,12 @@ struct CpuBuffers {
         hidden = arena.tensor(rows, c.ffn_dim);
         up = arena.tensor(rows, c.ffn_dim);
         partial = arena.tensor(ranks > 1 ? rows + 1 : 0, c.dim);
-        packed = arena.take<std::byte>(static_cast<std::size_t>(round_up(rows, max_tile_tokens)) *
-                                       packed_bytes(Format::f32, widest));
+        packed_bytes = static_cast<std::size_t>(round_up(rows, max_tile_tokens)) * detail::packed_bytes(Format::f32, widest);
+        packed = arena.take<std::byte>(packed_bytes);
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
+        const int queries = std::max(attention_queries, c.n_heads / c.n_kv_heads);
         scratch_floats = std::max<std::size_t>(max_tile_tokens * static_cast<std::size_t>(round_up(c.dim, 64)),
-                                               4 * attention_segment + 8 * static_cast<std::size_t>(padded_width(c.head_dim)));
+                                               attention_floats(queries, c.head_dim) + 2 * mix_floats(queries, c.head_dim));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
         room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
         room = arena.take<std::byte>(static_cast<std::size_t>(threads) * room_bytes);
@@ -4342,13 +4457,47 @@ public:
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
         if (b_.stopped_) return;
-        const int shared = config_.n_heads / config_.n_kv_heads;
-        for (int i = thread_; i < n_tokens_ * config_.n_kv_heads;
-             i += threads_) {  // later tokens see more: deal them out in turn
-            const int head = i / n_tokens_, t = i % n_tokens_, column = head * shared * config_.head_dim;
-            const Row& row = batch.rows[static_cast<std::size_t>(t)];
-            const CacheView cache = static_cast<const CpuCache*>(row.cache)->view(layer.index, head);
-            kernels_.attend({cache, query.row(t) + column, mixed.row(t) + column, scratch_, shared, row.position + 1});
+        const int n_kv_heads = config_.n_kv_heads, group = config_.n_heads / n_kv_heads, head_dim = config_.head_dim;
+        // A block is as many rows of a sequence as leave some blocks for every thread. Where even single rows do not, the
+        // segments of a row are shared out as well, and joined when all are there.
+        const int most = std::clamp(n_tokens_ * n_kv_heads / (4 * threads_), 1, std::max(1, attention_queries / group));
+        int segments = 1;
+        for (const Row& row : batch.rows) segments = std::max(segments, row.position / attention_segment + 1);
+        const std::size_t floats = mix_floats(group, head_dim),
+                          parts = static_cast<std::size_t>(n_tokens_ * n_kv_heads) * static_cast<std::size_t>(segments);
+        float* const mixes = reinterpret_cast<float*>(buffers_.packed);  // not in use now
+        const bool split =
+            segments > 1 && n_tokens_ * n_kv_heads < 2 * threads_ && parts * floats * sizeof(float) <= buffers_.packed_bytes;
+        float* const joined = scratch_ + attention_floats(most * group, head_dim);
+        float* const mix = joined + mix_floats(most * group, head_dim);
+        for (int phase = 0; phase <= split; ++phase) {
+            int item = 0;
+            const auto mine = [&] { return item++ % threads_ == thread_; };
+            for (int t = 0, n; t < n_tokens_; t += n) {
+                const Row* rows = batch.rows.data() + t;
+                for (n = 1; n < most && t + n < n_tokens_ && rows[n].cache == rows->cache;) ++n;
+                for (int head = 0; head < n_kv_heads; ++head) {
+                    const bool whole = split && phase == 0 ? false : mine();
+                    const int column = head * group * head_dim;
+                    const CpuCache& cache = *static_cast<const CpuCache*>(rows->cache);
+                    Attention a{{}, rows, query.row(t) + column, mixed.row(t) + column, query.stride, n, group, scratch_};
+                    for (int s = 0; s < a.segments(); ++s) {
+                        float* const slot =
+                            mixes + (static_cast<std::size_t>(t * n_kv_heads + head) * static_cast<std::size_t>(segments) +
+                                     static_cast<std::size_t>(s)) *
+                                        floats;
+                        a.cache = cache.view(layer.index, head, s);
+                        if (split && phase == 0) {
+                            if (mine()) kernels_.attend(a, s, slot);
+                        } else if (whole) {
+                            if (!split) kernels_.attend(a, s, s == 0 ? joined : mix);
+                            kernels_.join(a, s, split ? slot - static_cast<std::size_t>(s) * floats : joined,
+                                          split ? slot : mix);
+                        }
+                    }
+                }
+            }
+            if (phase < split) meet();
         }
         end(Stage::attend);
     }
