@@ -272,7 +272,7 @@ class Elsewhere(Folder):
         env = {"WINEDEBUG": "-all", "WINEPREFIX": os.path.join(self.folder, "wine"), "LLAMA3_SOURCE": SOURCE}
         self.assertEqual(self.run_good(wine, "program.exe", env=env).replace("\r", ""), native)
 
-        # The suite core, without its tests of files, which need POSIX.
+        # The suite core, without its tests of files, which need POSIX, and one that compares with std::fma, which rounds twice there.
         if not os.path.isdir("/usr/include/doctest"):
             print("/usr/include/doctest is not there: core on Windows did not run", file=sys.stderr)
             return
@@ -280,7 +280,7 @@ class Elsewhere(Folder):
         for sources in (["main.cpp", "test_06_tokenizer.cpp", "test_07_generation.cpp", "implementation.cpp"], ["internals.cpp"]):
             self.run_good(compiler, *self.FLAGS, "-Iinclude", f"-I{SOURCE}", *[f"{SOURCE}/tests/{name}" for name in sources],
                           "-static", "-o", "core.exe")
-            self.assertIn("Status: SUCCESS", self.run_good(wine, "core.exe", env=env))
+            self.assertIn("Status: SUCCESS", self.run_good(wine, "core.exe", "--test-case-exclude=fma rounds once*", env=env))
 
 
 @unittest.skipUnless(shutil.which("meson"), "no meson")
