@@ -271,6 +271,32 @@ TEST_SUITE("core: ranks") {
         }
     }
 
+    TEST_CASE("sessions that rank 0 leads may be fed together and end in any order") {
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        const std::vector<int> prompt = some_tokens(12, model.config().vocab_size), next = some_tokens(3, model.config().vocab_size);
+        const auto rows = [&](const std::shared_ptr<Communicator>& communicator) {
+            Options options = with(1, 64, Format::bf16);
+            options.communicator = communicator;
+            std::vector<std::unique_ptr<Session>> sessions;
+            std::vector<Session*> pointers;
+            for (std::size_t i = 0; i < 3; ++i) {
+                sessions.push_back(std::make_unique<Session>(model, options));
+                sessions.back()->feed(std::span(prompt).subspan(i, 5 + i));
+                pointers.push_back(sessions.back().get());
+            }
+            Session::feed_together(pointers, next);
+            sessions[0].reset();
+            sessions[2]->feed(next);
+            return std::pair(row(sessions[1]->logits()), row(sessions[2]->logits()));
+        };
+        const auto expected = rows(nullptr);
+        lead_and_follow(model, 2, [&](const std::shared_ptr<Communicator>& communicator) {
+            const auto [one, two] = rows(communicator);
+            CHECK(equal(one, expected.first));
+            CHECK(equal(two, expected.second));
+        });
+    }
+
     TEST_CASE("a rank with another file is named") {
         const Model model = Model::synthetic(ranks_config(), Format::q8), other = Model::synthetic(three_config(), Format::q8);
         try {
