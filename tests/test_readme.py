@@ -60,6 +60,13 @@ class Quickstart(OnTerminal):
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         self.assertGreater(len(done.stdout.strip()), 0)
 
+    def test_what_is_built_without_mpi_says_so_once_under_mpirun(self):
+        subprocess.run(["sh", self.SCRIPT, "--help"], capture_output=True, check=True, timeout=300)  # builds chat
+        for rank in "01":
+            done = subprocess.run(["sh", self.SCRIPT], input=b"Hello\n", capture_output=True, timeout=60,
+                                  env=dict(os.environ, OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK=rank))
+            self.assertEqual((done.returncode, done.stdout, done.stderr.count(b"without MPI")), (1, b"", int(rank == "0")))
+
     def test_on_a_terminal_it_answers_ctrl_c_stops_an_answer_and_ctrl_d_ends(self):
         subprocess.run(["sh", self.SCRIPT, "--help"], capture_output=True, check=True, timeout=300)  # builds chat
         terminal, _, _ = self.terminal_with_a_stopped_answer(shutil.which("sh"), self.SCRIPT)
