@@ -38,6 +38,8 @@ missing() {
     compiles '#include <doctest/doctest.h>' g++ -c || printf ' doctest-dev'
     command -v cmake >/dev/null 2>&1 || printf ' cmake'
     compiles '#include <histedit.h>' g++ -c || printf ' libedit-dev'
+    command -v mpicxx >/dev/null 2>&1 || printf ' libopenmpi-dev'
+    command -v mpirun >/dev/null 2>&1 || printf ' openmpi-bin'
     python3 -c 'import venv, ensurepip' >/dev/null 2>&1 || printf ' python3 python3-venv'
     [ $all = no ] && return
     command -v clang++ >/dev/null 2>&1 || printf ' clang'
@@ -190,7 +192,7 @@ int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
 sanitized() { # a folder, sanitizers, and meson's choice of tests
     folder=build/$1
     [ -f "$folder/build.ninja" ] || CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all meson setup "$folder" "-Db_sanitize=$2" -Dtests=enabled \
-        -Dopenmp=disabled -Dcuda=disabled -Db_lundef=false -Doptimization=1 || return
+        -Dopenmp=disabled -Dcuda=disabled -Dmpi=disabled -Db_lundef=false -Doptimization=1 || return
     shift 2
     meson test -C "$folder" --timeout-multiplier 5 "$@"
 }
