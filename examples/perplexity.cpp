@@ -79,7 +79,7 @@ int main(int argc, char** argv) {
             const llama3::Model base_model = llama3::Model::load(*base_path);
             check_vocabulary(base_model, model, *base_path);
             llama3::Options alone = flags.options;
-            alone.communicator = nullptr;  // the other processes have M only
+            if (alone.communicator) alone.communicator = nullptr, alone.ranks = 1;  // the other processes have M only
             base.emplace(base_model, alone);
         }
 
