@@ -2698,6 +2698,11 @@ LLAMA3_TARGET_END
 
 #elif defined(__aarch64__)
 
+#if !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")  // which would load more values ahead than there are registers
+#endif
+
 // Every aarch64: Cortex-A53, A72
 #define LLAMA3_NEON 1
 #define LLAMA3_KERNELS neon
@@ -2722,6 +2727,9 @@ LLAMA3_TARGET_BEGIN("arch=armv8.2-a+crypto+dotprod")
 #undef LLAMA3_DOTPROD
 LLAMA3_TARGET_END
 
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -2923,7 +2931,7 @@ LLAMA3_INLINE I high_nibbles(I x) { return (I)((B)x >> 4); }
 LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
 LLAMA3_INLINE I flip_signs(I x) { return x; }  // both sides of dot_bytes are signed here
 #ifdef LLAMA3_NEON
-constexpr int tile_tokens = 6, few_tokens = 6;
+constexpr int tile_tokens = 4, few_tokens = 4;
 LLAMA3_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 LLAMA3_INLINE F load_bf16(const std::byte* p) { return (F)((U)vmovl_u16(vcreate_u16(load_as<std::uint64_t>(p))) << 16); }
