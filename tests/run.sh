@@ -172,7 +172,7 @@ check build env CXX="${CXX:-g++}" sh -c '[ -f build/build.ninja ] || meson setup
 check suite meson test -C build --no-rebuild
 
 if [ $all = yes ]; then
-    for isa in baseline avx2 avx_vnni avx512 avx512_bf16; do  # the best of the machine was taken above
+    for isa in baseline avx2 avx_vnni avx512 avx512_bf16 neon; do  # the best of the machine was taken above
         case $isa in baseline | avx2) which='--no-suite builds --no-suite cuda' ;; *) which='--suite core' ;; esac
         if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
             check "suite, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild $which
