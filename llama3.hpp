@@ -4570,11 +4570,14 @@ private:
     // in long reads, not page by page.
     void read_layer_ahead(int i) const {
         if (!b_.first_pass_ || thread_ != 0) return;
-        const Weights& w = b_.model_.weights();
-        const bool done = i == config_.n_layers;
-        const Matrix &from = done ? w.output : w.layers[static_cast<std::size_t>(i)].query,
-                     &to = done ? w.output : w.layers[static_cast<std::size_t>(i)].down;
-        read_ahead(from.data, to.panel(to.panels()));
+        const auto ask = [](const Matrix& m) {  // columns of a rank stand between those of others, which it does not want
+            if (m.panel_stride == static_cast<std::size_t>(m.units()) * unit_bytes(m.format))
+                read_ahead(m.data, m.panel(m.panels()));
+        };
+        const Weights& w = b_.share_.weights;
+        if (i == config_.n_layers) return ask(w.output);
+        const Layer& l = w.layers[static_cast<std::size_t>(i)];
+        for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) ask(*m);
     }
     float* turns(int t) const {
         return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim);

@@ -141,7 +141,7 @@ struct Bench {
         if (device != "cpu") options.chunk = 4096;
         std::vector<llama3::Session> sessions;
         for (int b = 0; b < batch; ++b) sessions.emplace_back(model, options);
-        const int ranks = options.communicator ? options.communicator->ranks() : options.ranks, threads = options.threads;
+        const int ranks = options.ranks, threads = options.threads;
         Result result{ranks, threads, batch, depth, transport, {}, {}, {}, {}, {}, {}, {}}, warm_up = result;
         Samples ignored;
         for (int r = 0; r <= repetitions; ++r) {
@@ -207,8 +207,9 @@ int main(int argc, char** argv) {
     return run([&] {
         options.kv = kv.format;
         options.threads = threads[0];
+        if (!ranks.empty()) options.ranks = ranks[0];
         take_place(options, device_name);
-        if (ranks.empty()) ranks = {options.ranks};
+        if (ranks.empty() || options.communicator) ranks = {options.ranks};
         if (options.communicator && options.threads > 0) threads = {options.threads};
         if (!synthetic.empty()) check_memory(released(synthetic), type);
         else if (model_path.empty()) model_path = demo_model();

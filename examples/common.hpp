@@ -152,6 +152,7 @@ inline void take_place(llama3::Options& options, DeviceName device_name) {
     const Place place;
     if (place.processes > 1) {
         options.communicator = join_world(place);
+        if (options.ranks == 1) options.ranks = options.communicator->ranks();
         if (device_name.gpus.size() > 1)
             device_name.gpus = {device_name.gpus[static_cast<std::size_t>(place.local_rank) % device_name.gpus.size()]};
         // Processes that mpirun has not bound to processors of their own share all of them.

@@ -38,6 +38,8 @@ missing() {
     compiles '#include <doctest/doctest.h>' g++ -c || printf ' doctest-dev'
     command -v cmake >/dev/null 2>&1 || printf ' cmake'
     compiles '#include <histedit.h>' g++ -c || printf ' libedit-dev'
+    command -v mpicxx >/dev/null 2>&1 || printf ' libopenmpi-dev'
+    command -v mpirun >/dev/null 2>&1 || printf ' openmpi-bin'
     python3 -c 'import venv, ensurepip' >/dev/null 2>&1 || printf ' python3 python3-venv'
     [ $all = no ] && return
     command -v clang++ >/dev/null 2>&1 || printf ' clang'

@@ -28,7 +28,7 @@ class Job:
 
     def __init__(self, ranks, program, *flags, env=None):
         self.mark = f"LLAMA3_TEST_JOB={uuid.uuid4().hex}"
-        oversubscribe = ["--oversubscribe"] if OPEN_MPI else []
+        oversubscribe = ["--oversubscribe", "--bind-to", "none"] if OPEN_MPI else []
         settings = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_WAIT_POLICY": "passive",
                     "OMPI_MCA_btl_vader_single_copy_mechanism": "none"}  # containers forbid the other one, which it then tells
         name, value = self.mark.split("=")
@@ -152,8 +152,9 @@ class SameBits(unittest.TestCase):
 
 class OneVoice(unittest.TestCase):
     def test_programs_without_ranks_run_once(self):
-        for program, *flags in (("tokenize",), ("inspect", DEMO), ("chat", "--help")):
+        for program, *flags in (("tokenize",), ("chat", "--help")):
             self.assertEqual(good(2, program, *flags, input=b"Hello"), output(program, *flags, input=b"Hello"))
+        self.assertEqual(good(2, "inspect", DEMO).count(b"Configuration"), 1)
 
     def test_a_wrong_command_line_is_said_once(self):
         status, out, errors = run(2, "generate", "-p", "a", "--no-such-flag")
@@ -247,17 +248,17 @@ class Endings(unittest.TestCase):
 
     def test_a_rank_that_stands_still_is_waited_for_as_long_as_is_allowed(self):
         for ranks, stopped in ((2, 1), (4, 3)):
-            job = self.talking(ranks, LLAMA3_RANK_TIMEOUT="1.5")
+            job = self.talking(ranks, LLAMA3_RANK_TIMEOUT="3")
             os.kill(job.members()[stopped], signal.SIGSTOP)
             start = time.time()
             status, _, errors = job.end(b"Tell me more.\n")
-            self.assertGreater(time.time() - start, 1.5)
+            self.assertGreater(time.time() - start, 3)
             self.assertEqual((status, len(errors)), (1, 1), errors)
-            self.assertIn("nothing for 1.5 seconds", errors[0])
+            self.assertIn("nothing for 3 seconds", errors[0])
 
     def test_a_rank_that_waits_for_the_next_turn_is_not_timed_out(self):
-        job = self.talking(2, LLAMA3_RANK_TIMEOUT="0.5")
-        time.sleep(1.5)
+        job = self.talking(2, LLAMA3_RANK_TIMEOUT="2")
+        time.sleep(3)
         job.say(b"Hello again\n")
         self.assertTrue(job.answer())
         self.assertEqual(job.end()[0], 0)

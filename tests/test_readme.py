@@ -4,6 +4,7 @@
     LLAMA3_PROGRAMS=build python3 tests/test_readme.py
 """
 
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,27 @@ class Readme(unittest.TestCase):
         with open(os.path.join(SOURCE, "llama3.hpp"), encoding="utf-8") as file:
             front = "".join(line[2:].removeprefix("     ") for line in file.read().split("#ifndef", 1)[0].splitlines(True))
         self.assertIn(self.hello, front)
+
+    def test_its_table_of_several_gpus_follows_from_its_formula(self):
+        published = {2: ((4, 3.9), (32, 4.5), (256, 7.9)), 4: ((4, 3.7), (32, 4.8), (256, 13.9)), 8: ((4, 5.7), (32, 7.8), (256, 16.7))}
+
+        def latency(ranks, size):  # µs, of a sum of so many bytes
+            points = published[ranks]
+            (left, low), (right, high) = points[:2] if size <= 32 * 1024 else points[1:]
+            return low + (size / 1024 - left) / (right - left) * (high - low)
+
+        rows = re.findall(r"^\| (\d+)B (q\d) \|(.*)\|$", self.readme, re.M)
+        self.assertEqual(len(rows), 6)
+        for size, kind, figures in rows:
+            plan = json.loads(output("inspect", "--synthetic", size + "b", "--type", kind, "--json"))
+            layers, dim, vocab = (plan["configuration"][key] for key in ("layers", "dim", "vocab_size"))
+            self.assertIn(f"{8 * layers * (dim + 1) / 1e6:.1f} MB", self.readme)
+            table = vocab // 16 * (dim // 64) * 1088  # the embedding, of which a token reads one row
+            for on, figure in zip(plan["cards"], figures.split("|")):
+                ranks = on["ranks"]
+                seconds = (on["weights_bytes"] - table) / (0.85 * 3.35e12) + (5 * layers + 3) * 2e-6
+                seconds += 2 * layers * latency(ranks, 4 * (dim + 1)) * 1e-6 if ranks > 1 else 0
+                self.assertEqual(figure.strip(), f"{1 / seconds:.0f}" if on["fits_gb"]["80"] else "", (size, kind, ranks))
 
     def test_its_program_builds_with_its_one_command_and_tells_a_story(self):
         command = re.search(r"^g\+\+ .*program\.cpp.*$", self.readme, re.M)[0]
