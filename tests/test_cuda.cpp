@@ -915,9 +915,9 @@ TEST_SUITE("core: ranks on the device") {
     TEST_CASE("GPUs that cannot reach each other, or lose what is stored, meet on the host, with the same bits") {
         const Machine restore(2);
         cuda_emu::broken_peer = {1, 0};
-        check_several(
-            2, 2,
-            "sums through the host, because what GPU 1 (emulated device) stores in GPU 0 (emulated device) does not arrive");
+        check_several(2, 2,
+                      "rank 0 of 2, sums through the host, because what GPU 1 (emulated device) stores in GPU 0 (emulated "
+                      "device) does not arrive");
         cuda_emu::peers_possible = false;
         check_several(2, 4, "sums through the host, because GPU 0 (emulated device) cannot reach the memory of GPU 1");
     }
