@@ -1,7 +1,7 @@
 // llama3.hpp: Llama 3, 3.1, 3.2 and 3.3 text models in one C++20 header. MIT licence, at the end of the file.
 //
 // What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AMX, AVX-512,
-// AVX-VNNI, AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
+// AVX-VNNI, AVX2, NEON and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
 // with -fopenmp it runs on OpenMP, without on a small team of std::threads. Models are .l3 files made by convert/convert.py.
 //
 // A whole program:
@@ -689,6 +689,11 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 // The order of arithmetic is part of the specification (bits are equal across compilers and flags), so a compiler must not fuse
@@ -891,7 +896,8 @@ struct CpuFeatures {
     bool avx512_vnni = false;  // together with avx512
     bool avx512_bf16 = false;  // likewise
     bool intel = false;
-    bool amx = false;  // int8 and bf16, with tile registers from the system
+    bool amx = false;      // int8 and bf16, with tile registers from the system
+    bool dotprod = false;  // aarch64: dot products of bytes
 };
 CpuFeatures cpu_features();
 int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
@@ -2627,8 +2633,8 @@ struct Product {
     std::byte* room;  // of unpacked_bytes()
 };
 
-// Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by
-// position.
+// Keys and values of one segment of positions, of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane
+// is a position; values by position.
 struct CacheView {
     Format format;
     std::byte* keys;              // [P/16][E][16]
@@ -2638,14 +2644,23 @@ struct CacheView {
     int head_dim;
 };
 
-// out[g] = softmax(query[g] · keysᵀ / √E) values over positions 0 to n - 1, for the G query heads that share a key/value head.
+// out[t, g] = softmax(query[t, g] · keysᵀ / √E) values over positions 0 to that of row t, for consecutive rows of one sequence
+// and the G query heads that share a key/value head: each key and value that is read serves all of them.
 struct Attention {
-    CacheView cache;
-    const float* query;  // [G, E]
-    float* out;          // [G, E]
-    float* scratch;      // [4, 512] scores, then [4, E rounded up to 16] for a segment's mix and as much for the joined one
-    int n_queries;       // G
-    int n;
+    CacheView cache;     // of the segment that is asked for
+    const Row* rows;     // [n_rows]
+    const float* query;  // [n_rows, stride], of which G E are used
+    float* out;          // likewise
+    std::size_t stride;
+    int n_rows;
+    int n_queries;   // G
+    float* scratch;  // of attention_floats()
+    int queries() const { return n_rows * n_queries; }
+    int segments() const { return rows[n_rows - 1].position / attention_segment + 1; }
+    // Positions of a segment that query head q of all rows sees.
+    int seen(int q, int segment) const {
+        return std::clamp(rows[q / n_queries].position + 1 - segment * attention_segment, 0, attention_segment);
+    }
 };
 
 struct Kernels {
@@ -2663,7 +2678,10 @@ struct Kernels {
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
     void (*multiply)(const Product& product);
     void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
-    void (*attend)(const Attention& attention);
+    // mix: [queries, attention_width] sums of one segment, not yet divided; [queries] largest scores; [queries] totals
+    void (*attend)(const Attention& attention, int segment, float* mix);
+    // joined: the first segment's mix, to which this one's is added (segment 0: nothing is); out, where it is the last
+    void (*join)(const Attention& attention, int segment, float* joined, const float* mix);
 };
 
 // Bytes of one packed token: floats, or per block of 32 columns 32 bytes, a float and an int32.
@@ -2683,6 +2701,18 @@ inline std::size_t unpacked_bytes(int panels, int columns) {
 // Head width as it is stored for values, and groups of channels that share a scale.
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
 inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / block_columns; }
+
+// Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
+// rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
+constexpr int attention_chunk = 64, attention_queries = 64, score_stride = attention_segment + 16;
+inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 32)); }
+inline std::size_t mix_floats(int queries, int head_dim) {
+    return static_cast<std::size_t>(round_up(queries * (attention_width(head_dim) + 2), 16));
+}
+inline std::size_t attention_floats(int queries, int head_dim) {
+    const int rows = 1 + (head_dim + attention_segment - 1) / attention_segment;  // scores, and a query in parts
+    return static_cast<std::size_t>(queries * rows * score_stride + attention_chunk * attention_width(head_dim));
+}
 
 }  // namespace detail
 }  // namespace llama3
@@ -2707,12 +2737,17 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-// Any processor: SSE2, or what the compiler makes of vectors of 4.
+// Any processor: SSE2, or what the compiler makes of vectors of 4. Its fma takes thirty instructions: unrolled loops of them
+// would only be long.
+#pragma push_macro("LLAMA3_UNROLL")
+#undef LLAMA3_UNROLL
+#define LLAMA3_UNROLL
 #define LLAMA3_KERNELS baseline
 #define LLAMA3_WIDTH 4
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
 #undef LLAMA3_WIDTH
+#pragma pop_macro("LLAMA3_UNROLL")
 
 #if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))  // mingw's GCC misaligns wide spills
 #define LLAMA3_X86_KERNELS 1
@@ -2729,10 +2764,12 @@ LLAMA3_TARGET_END
 // Intel's desktop chips since Alder Lake (2021), which lack AVX-512
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 #define LLAMA3_KERNELS avx_vnni
+#define LLAMA3_LIKE avx2
 #define LLAMA3_WIDTH 8
 #define LLAMA3_VNNI 1
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
+#undef LLAMA3_LIKE
 #undef LLAMA3_WIDTH
 #undef LLAMA3_VNNI
 LLAMA3_TARGET_END
@@ -2749,9 +2786,11 @@ LLAMA3_TARGET_END
 // Intel Cooper Lake and Sapphire Rapids, AMD Zen 4 and later
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LLAMA3_KERNELS avx512_bf16
+#define LLAMA3_LIKE avx512
 #define LLAMA3_BF16 1
 #include "llama3.hpp"
 #undef LLAMA3_KERNELS
+#undef LLAMA3_LIKE
 #undef LLAMA3_WIDTH
 #undef LLAMA3_VNNI
 #undef LLAMA3_BF16
@@ -2767,6 +2806,33 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #undef LLAMA3_AMX
 LLAMA3_TARGET_END
 #endif
+
+#elif defined(__aarch64__)
+
+// Every aarch64: Cortex-A53, A72
+#define LLAMA3_NEON 1
+#define LLAMA3_KERNELS neon
+#define LLAMA3_WIDTH 4
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+
+// Cortex-A55 and A75 (2017), Neoverse, Apple's since A13 and M1, and later
+#if defined(__clang__)
+LLAMA3_TARGET_BEGIN("dotprod")
+#elif defined(__ARM_FEATURE_DOTPROD) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+LLAMA3_TARGET_BEGIN("+dotprod")
+#else  // with less the assembler asks for ARMv8.2; crypto, since the intrinsics may have been compiled with it
+LLAMA3_TARGET_BEGIN("arch=armv8.2-a+crypto+dotprod")
+#endif
+#define LLAMA3_KERNELS neon_dotprod
+#define LLAMA3_DOTPROD 1
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
+#undef LLAMA3_NEON
+#undef LLAMA3_DOTPROD
+LLAMA3_TARGET_END
+
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -2783,7 +2849,8 @@ namespace LLAMA3_KERNELS {
 //
 // F: `lanes` floats, with the operators + - * / of the compiler's vector types. I: as many int32, or four times as many bytes.
 // A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored)
-// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact.
+// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact. Where both
+// sides are signed, nothing is added to q8.
 
 #if LLAMA3_WIDTH == 16
 
@@ -2918,12 +2985,13 @@ LLAMA3_INLINE I add_pairs(I sum16, I nibbles, I x) { return _mm256_add_epi16(sum
 LLAMA3_INLINE I finish_pairs(I sum16) { return _mm256_madd_epi16(sum16, _mm256_set1_epi16(1)); }
 #endif
 
-#else  // vectors of 4, in the compiler's own notation
+#else  // vectors of 4, in the compiler's own notation, and what NEON has instructions for
 
 typedef float F __attribute__((vector_size(16)));
 typedef std::int32_t I __attribute__((vector_size(16)));
 typedef std::uint32_t U __attribute__((vector_size(16)));
-constexpr int lanes = 4, tile_tokens = 2, few_tokens = 2, tile_panels = 1, signed_bias = 0;
+typedef std::uint8_t B __attribute__((vector_size(16)));
+constexpr int lanes = 4, tile_panels = 1, signed_bias = 0;
 LLAMA3_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, 16);
@@ -2931,29 +2999,11 @@ LLAMA3_INLINE F load(const float* p) {
 }
 LLAMA3_INLINE void store(float* p, F x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE F splat(float x) { return F{x, x, x, x}; }
-LLAMA3_INLINE F fma(F a, F b, F c) {
-    F y;
-    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
-    return y;
-}
 LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
     const I less = a < b;
     return (F)(((I)yes & less) | ((I)no & ~less));
 }
 LLAMA3_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
-LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
-    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
-}
-LLAMA3_INLINE F load_bf16(const std::byte* p) {
-    std::uint16_t x[4];
-    std::memcpy(x, p, 8);
-    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
-}
-LLAMA3_INLINE F load_bytes(const std::byte* p) {
-    std::int8_t x[4];
-    std::memcpy(x, p, 4);
-    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
-}
 LLAMA3_INLINE I load_bits(const std::byte* p) {
     I x;
     std::memcpy(&x, p, 16);
@@ -2962,12 +3012,6 @@ LLAMA3_INLINE I load_bits(const std::byte* p) {
 LLAMA3_INLINE void store_bits(std::byte* p, I x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
 LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
-LLAMA3_INLINE I to_int(F x) {
-    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
-    for (int i = 0; i < 4; ++i)
-        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
-    return y;
-}
 LLAMA3_INLINE I and_bits(I a, I b) { return a & b; }
 LLAMA3_INLINE I add_int(I a, I b) { return (I)((U)a + (U)b); }
 LLAMA3_INLINE I sub_int(I a, I b) { return (I)((U)a - (U)b); }
@@ -2986,40 +3030,94 @@ LLAMA3_INLINE I shift_right(I x) {
 LLAMA3_INLINE F as_float(I x) { return (F)x; }
 LLAMA3_INLINE I as_int(F x) { return (I)x; }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
+LLAMA3_INLINE I high_nibbles(I x) { return (I)((B)x >> 4); }
+LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
+LLAMA3_INLINE I flip_signs(I x) { return x; }  // both sides of dot_bytes are signed here
+#ifdef LLAMA3_NEON
+constexpr int tile_tokens = 6, few_tokens = 6;
+LLAMA3_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LLAMA3_INLINE F load_bf16(const std::byte* p) { return (F)((U)vmovl_u16(vcreate_u16(load_as<std::uint64_t>(p))) << 16); }
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    return to_float(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_as<std::uint32_t>(p))))));
+}
+LLAMA3_INLINE I to_int(F x) { return vcvtq_s32_f32(x); }  // lanes out of range differ from the other sets': exp() drops them
+LLAMA3_INLINE int sum_of(I x) { return vaddvq_s32(x); }
+LLAMA3_INLINE int max_of(I x) { return vmaxvq_s32(x); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
+    const int16x4_t words = vmovn_s32(x);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    std::memcpy(p, &bytes, 4);
+}
+#ifdef LLAMA3_DOTPROD
+// vdotq_lane_s32, which clang 14 hides unless the whole file is compiled for it; x has the same bytes in every lane.
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
+    asm("sdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sum) : "w"(w), "w"(std::bit_cast<float>(x[0])));
+    return sum;
+}
+#else
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2 * 128 * 127, and fits in 16 bits
+    const int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+}
+#endif
+#else
+constexpr int tile_tokens = 2, few_tokens = 2;
+__attribute__((noinline)) static F fma(F a, F b, F c) {
+    F y;
+    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
+    return y;
+}
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
+    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
+}
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    std::uint16_t x[4];
+    std::memcpy(x, p, 8);
+    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    std::int8_t x[4];
+    std::memcpy(x, p, 4);
+    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
+}
+LLAMA3_INLINE I to_int(F x) {
+    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
+    for (int i = 0; i < 4; ++i)
+        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
+    return y;
+}
 LLAMA3_INLINE int sum_of(I x) { return x[0] + x[1] + x[2] + x[3]; }
 LLAMA3_INLINE int max_of(I x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
     for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int8_t>(x[i]);
 }
-LLAMA3_INLINE I high_nibbles(I x) { return (I)((U)x >> 4) & splat_int(0x0f0f0f0f); }
-LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
-LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
     std::int8_t a[16], b[16];
     std::memcpy(a, &w, 16), std::memcpy(b, &x, 16);
     for (int i = 0; i < 4; ++i)
         sum[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
     return sum;
 }
-LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_signed(sum, nibbles, x); }
-LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
+#endif
 
 #endif
 
 LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
 // A sum of products of biased weights begins at `start`, which takes the bias away again.
-#ifdef LLAMA3_VNNI  // one instruction sums four products of unsigned and signed bytes in 32 bits, exactly
+#if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // in 16 bits
+LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
+LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
+#else                                           // in 32 bits, exactly
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) { return dot_bytes(sum, flip_signs(w), x); }
 LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_bytes(sum, nibbles, x); }
 LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
 LLAMA3_INLINE I finish_sum(I sum, const std::byte*) { return sum; }
-#else
-LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
-LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
 #endif
 
-// detail::exp, lane by lane, in the same operations.
-LLAMA3_INLINE F exp(F x) {
+// detail::exp, lane by lane, in the same operations, for x <= 88.72 or NaN.
+LLAMA3_INLINE F exp_finite(F x) {
     const F round = splat(12582912.0f);
     const F n = fma(x, splat(1.44269504088896341f), round) - round;
     const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
@@ -3034,10 +3132,9 @@ LLAMA3_INLINE F exp(F x) {
     const I exponent = to_int(n), half = shift_right<1>(exponent);
     const F first = as_float(shift_left<23>(add_int(half, splat_int(127))));
     const F second = as_float(shift_left<23>(add_int(sub_int(exponent, half), splat_int(127))));
-    F y = p * first * second;
-    y = where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), y);
-    return where_less(x, splat(-87.33f), splat(0), y);
+    return where_less(x, splat(-87.33f), splat(0), p * first * second);
 }
+LLAMA3_INLINE F exp(F x) { return where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), exp_finite(x)); }
 
 constexpr int parts = panel_rows / lanes;  // vectors per panel column
 #ifdef LLAMA3_BF16
@@ -3048,8 +3145,8 @@ constexpr bool own_bf16 = false;
 
 // ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-#ifdef LLAMA3_BF16  // only products of bf16 differ
-using avx512::attend, avx512::normalise, avx512::swiglu;
+#ifdef LLAMA3_LIKE  // only products differ
+using LLAMA3_LIKE::attend, LLAMA3_LIKE::join, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
 #else
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
@@ -3249,12 +3346,15 @@ LLAMA3_INLINE void unpack_four(Q4, const std::byte* block, int v, std::byte* out
     }
 }
 
-template <class Type, int P>
-void unpack(Unpacked<Type>, const Matrix& w, int panel, std::byte* out) {
-    for (int unit = 0; unit < w.units(); ++unit)
+template <class Type>
+void unpack(Unpacked<Type>, const Product& product, int panel) {
+    constexpr int P = tile_panels;
+    std::byte* out = product.room;
+    for (int unit = 0; unit < product.w.units(); ++unit)
         for (int block = 0; block < 2; ++block, out += 576 * P)
             for (int p = 0; p < P; ++p) {
-                const std::byte* from = w.panel(panel + p) + static_cast<std::size_t>(unit) * unit_bytes(Type::format);
+                const std::byte* from = product.w.panel(std::min(panel + p, product.last_panel - 1)) +
+                                        static_cast<std::size_t>(unit) * unit_bytes(Type::format);
                 for (int v = 0; v < 4; ++v) unpack_four(Type{}, from + 32 * Type::vectors * block, v, out + 64 * p, 64 * P);
                 for (int h = 0; h < parts; ++h)
                     store(reinterpret_cast<float*>(out + 512 * P + 64 * p) + h * lanes,
@@ -3295,31 +3395,33 @@ constexpr bool is_unpacked = false;
 template <class Type>
 constexpr bool is_unpacked<Unpacked<Type>> = true;
 
-// Joins the chains of the segments by the tree and stores them, or adds them to what is there.
-template <int P, int N>
-void join_segments(const Product& product, int panel, int step, int tokens, F (&parts_of_sum)[max_segments][P][parts][N],
-                   float* out) {
-    for (int p = 0; p < P; ++p)
-        for (int h = 0; h < parts; ++h)
-            for (int t = 0; t < tokens; ++t) {
-                for (int n = product.w.segments; n > 1; n /= 2)
-                    for (int s = 0; s < n / 2; ++s)
-                        parts_of_sum[s][p][h][t] = parts_of_sum[2 * s][p][h][t] + parts_of_sum[2 * s + 1][p][h][t];
-                float* to = out + static_cast<std::size_t>(t) * product.stride +
-                            static_cast<std::size_t>((panel + p * step) * panel_rows + h * lanes);
-                store(to, product.add ? load(to) + parts_of_sum[0][p][h][t] : parts_of_sum[0][p][h][t]);
-            }
+// Joins the chains of a panel, chains[segment * step + part * tokens + token], by the tree; stores them, or adds them to what is
+// there.
+void join_segments(const Product& product, int panel, F* chains, int step, int tokens, float* out) {
+    for (int n = product.w.segments; n > 1; n /= 2)
+        for (int s = 0; s < n / 2; ++s)
+            for (int i = 0; i < parts * tokens; ++i)
+                chains[s * step + i] = chains[2 * s * step + i] + chains[(2 * s + 1) * step + i];
+    for (int h = 0; h < parts; ++h)
+        for (int t = 0; t < tokens; ++t) {
+            float* to = out + static_cast<std::size_t>(t) * product.stride + panel * panel_rows + h * lanes;
+            const F sum = chains[h * tokens + t];
+            store(to, product.add ? load(to) + sum : sum);
+        }
 }
 
-// A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree.
+// A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree. Panels from
+// `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the code
+// of narrower tiles would.
 template <class Type, int P, int N>
-void multiply_tile(const Product& product, int panel, int step, const std::byte* x, float* out) {
+void multiply_tile(const Product& product, int panel, int step, int last, const std::byte* x, float* out) {
     const Matrix& w = product.w;
     const int units = w.units() / w.segments;
     constexpr std::size_t unit = is_unpacked<Type> ? 2 * 576 * P : unit_bytes(Type::format);
     const std::byte* data[P];
-    for (int p = 0; p < P; ++p) data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(panel + p * step);
-    F parts_of_sum[max_segments][P][parts][N];
+    for (int p = 0; p < P; ++p)
+        data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(std::min(panel + p * step, last - 1));
+    F chains[max_segments][P][parts][N];
     for (int s = 0; s < w.segments; ++s) {
         F sums[P][parts][N];
         LLAMA3_UNROLL
@@ -3334,9 +3436,10 @@ void multiply_tile(const Product& product, int panel, int step, const std::byte*
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) parts_of_sum[s][p][h][t] = sums[p][h][t];
+        for (int t = 0; t < N; ++t) chains[s][p][h][t] = sums[p][h][t];
     }
-    join_segments<P, N>(product, panel, step, N, parts_of_sum, out);
+    for (int p = 0; p < P && panel + p * step < last; ++p)
+        join_segments(product, panel + p * step, chains[0][p][0], P * parts * N, N, out);
 }
 
 // What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
@@ -3344,37 +3447,27 @@ template <class Type>
 using Wide =
     std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
 
-// Many tokens: tile_panels at a time, unpacked once for all tokens. Returns the first panel that is left.
+// Many tokens, whole tiles of them: tile_panels at a time, unpacked once for all.
 template <class Type>
-int multiply_many(const Product& product) {
+void multiply_many(const Product& product, int tokens) {
     const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
-    int panel = product.first_panel;
-    for (; panel + tile_panels <= product.last_panel; panel += tile_panels) {
-        if constexpr (is_unpacked<Wide<Type>>) unpack<Type, tile_panels>(Wide<Type>{}, product.w, panel, product.room);
-        for (int t = 0; t + tile_tokens <= product.tokens; t += tile_tokens)
-            multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1,
-                                                                product.x + static_cast<std::size_t>(t) * token_bytes,
-                                                                product.out + static_cast<std::size_t>(t) * product.stride);
+    for (int panel = product.first_panel; panel < product.last_panel; panel += tile_panels) {
+        if constexpr (is_unpacked<Wide<Type>>) unpack(Wide<Type>{}, product, panel);
+        for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); t += tile_tokens)
+            multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1, product.last_panel,
+                                                                product.x + t * token_bytes, product.out + t * product.stride);
     }
-    return panel;
 }
 
-// N tokens times panels [first, last). Reading several streams of memory at once is faster than one, so the panels are cut
+// Up to N tokens times panels [first, last). Reading several streams of memory at once is faster than one, so the panels are cut
 // into as many runs as a tile has panels.
-template <class Type, int N>
-void multiply_few(const Product& product, int first, int last, const std::byte* x, float* out) {
-    constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
-    const int run = std::max(last - first, 0) / streams;
-    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, x, out);
-    if constexpr (streams > 1)
-        for (int panel = first + run * streams; panel < last; ++panel) multiply_tile<Type, 1, N>(product, panel, 1, x, out);
-}
-
 template <class Type, int N>
 void multiply_few(const Product& product, int first, int last, int tokens, const std::byte* x, float* out) {
     if constexpr (N > 1)
         if (tokens < N) return multiply_few<Type, N - 1>(product, first, last, tokens, x, out);
-    multiply_few<Type, N>(product, first, last, x, out);
+    constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
+    const int run = (last - first + streams - 1) / streams;
+    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, x, out);
 }
 
 static_assert(few_tokens >= tile_tokens);  // what is left of many tokens is few
@@ -3383,28 +3476,27 @@ template <class Type>
 void multiply_as(const Product& product) {
     const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
     const bool many = product.together == tile_tokens && product.tokens >= 4 * tile_tokens;
-    const int done = many ? multiply_many<Type>(product) : product.first_panel;
+    const int done = many ? product.tokens / tile_tokens * tile_tokens : 0;
+    if (many) multiply_many<Type>(product, done);
     const int block = product.tokens <= product.together ? product.last_panel - product.first_panel : 16;  // stays in cache
     for (int first = product.first_panel; first < product.last_panel; first += block)
-        for (int t = 0; t < product.tokens; t += product.together) {
-            const int tokens = std::min(product.together, product.tokens - t);
-            multiply_few<Type, few_tokens>(product, tokens == tile_tokens ? std::max(first, done) : first,
-                                           std::min(first + block, product.last_panel), tokens,
+        for (int t = done; t < product.tokens; t += product.together)
+            multiply_few<Type, few_tokens>(product, first, std::min(first + block, product.last_panel),
+                                           std::min(product.together, product.tokens - t),
                                            product.x + static_cast<std::size_t>(t) * token_bytes,
                                            product.out + static_cast<std::size_t>(t) * product.stride);
-        }
 }
 
 void multiply(const Product& product) {
 #ifdef LLAMA3_BF16
     if (product.w.format == Format::bf16) return multiply_as<BF16>(product);
-    return avx512::multiply(product);
+    return LLAMA3_LIKE::multiply(product);
 #else
     with_format(product.w.format, [&](auto type) { multiply_as<decltype(type)>(product); });
 #endif
 }
 
-#ifndef LLAMA3_BF16
+#ifndef LLAMA3_LIKE
 void swiglu(float* gate, const float* up, int n) {
     for (int i = 0; i < n; i += lanes) {
         const F g = load(gate + i);
@@ -3420,134 +3512,223 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
     else return load_bytes(from + index) * scale;
 }
 
-// mix[g, channel] = Σ_j scores[g, j] value[first + j, channel], for V vectors of channels from c on.
-template <Format kv, int G, int V>
-LLAMA3_INLINE void mix_values(const CacheView& cache, int first, int count, std::size_t c, const float* scores, float* mix) {
-    const std::size_t padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
+// Query heads at a time, and vectors of positions or channels that each meets.
+constexpr int attention_heads = lanes == 16 ? 8 : 4, attention_vectors = lanes == 4 ? 4 : 2;
+constexpr int attention_step = attention_vectors * lanes;
+
+// `count` positions from `first` on, a multiple of attention_step: their keys [position / step][E][step], their values
+// [position][attention_width].
+template <Format kv>
+void decode_chunk(const CacheView& cache, bool keys, int first, int count, float* to) {
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
                       groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
-    F sums[G][V];
+    // Sixteens: positions of one channel, or channels of one position. A group of them has one vector of scales.
+    const std::size_t sixteens = keys ? width : padded / 16, group = keys ? block_columns : block_columns / 16,
+                      stride = keys ? attention_step : 16;
+    for (int j = 0; j < count; j += keys ? 16 : 1) {
+        const std::size_t p = static_cast<std::size_t>(first + j);
+        const std::byte* from = keys ? cache.keys : cache.values;
+        float* out = keys ? to + static_cast<std::size_t>(j / attention_step * attention_step) * width + j % attention_step
+                          : to + j * attention_width(cache.head_dim);
+        for (std::size_t g = 0; g < groups; ++g) {
+            F scales[parts];
+            for (int h = 0; h < parts; ++h) {
+                scales[h] = splat(0);
+                if constexpr (kv == Format::q8)
+                    scales[h] = keys ? load_fp16(cache.key_scales + (p / 16 * groups + g) * 16 + h * lanes)
+                                     : splat(from_fp16(cache.value_scales[p * groups + g]));
+            }
+            for (std::size_t i = g * group; i < std::min(sixteens, (g + 1) * group); ++i) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                store(out + i * stride + h * lanes,
+                      load_cached<kv>(from, (keys ? p * width : p * padded) + i * 16 + static_cast<std::size_t>(h * lanes),
+                                      scales[h]));
+        }
+    }
+}
+
+struct HeadProducts {
+    float* sums;  // [heads, sums_stride], attention_step columns
+    std::size_t sums_stride;
+    const float* factors;  // [heads, score_stride]
+    const float* vectors;  // [count, stride]
+    std::size_t stride;
+    int count;
+    bool fresh;              // sums start at 0
+    const std::byte* ahead;  // what will be read soon
+    std::size_t ahead_stride;
+};
+
+// sums[n] += Σ_i factors[n][i] vectors[i] for N heads, a chain per element: scores (i: channel, lane: position) and the mix of
+// values (i: position, lane: channel).
+template <int N>
+void add_products(const HeadProducts& p, int n) {
+    if constexpr (N > 1)
+        if (n < N) return add_products<N / 2>(p, n);
+    F sums[N][attention_vectors];
     LLAMA3_UNROLL
-    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v) sums[g][v] = splat(0);
-    for (int j = 0; j < count; ++j) {
-        const std::size_t position = static_cast<std::size_t>(first + j);
+    for (int h = 0; h < N; ++h) LLAMA3_UNROLL
+    for (int v = 0; v < attention_vectors; ++v)
+        sums[h][v] = p.fresh ? splat(0) : load(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes);
+    const float *factors = p.factors, *vectors = p.vectors;
+    const std::byte* ahead = p.ahead;
+    for (const float* end = factors + p.count; factors < end; ++factors, vectors += p.stride, ahead += p.ahead_stride) {
+        __builtin_prefetch(ahead, 0, 2);
+        F x[attention_vectors];
         LLAMA3_UNROLL
-        for (int v = 0; v < V; ++v) {
-            const std::size_t channel = c + static_cast<std::size_t>(v * lanes);
-            F value_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                value_scale = splat(from_fp16(cache.value_scales[position * groups + channel / block_columns]));
-            const F value = load_cached<kv>(cache.values, position * padded + channel, value_scale);
+        for (int v = 0; v < attention_vectors; ++v) x[v] = load(vectors + v * lanes);
+        LLAMA3_UNROLL
+        for (int h = 0; h < N; ++h) {
+            const F factor = splat(factors[h * score_stride]);
             LLAMA3_UNROLL
-            for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
+            for (int v = 0; v < attention_vectors; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
         }
     }
     LLAMA3_UNROLL
-    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v)
-        store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
+    for (int h = 0; h < N; ++h) LLAMA3_UNROLL
+    for (int v = 0; v < attention_vectors; ++v)
+        store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
 }
 
-// One segment of G heads. Scores first (lane = position), then the softmax over the segment, then the mix (lane = channel).
-template <Format kv, int G>
-void attend_segment(const Attention& a, const float* query, int first, int count, float* largest, float* total, float* mix) {
+// row[j] *= scale, j < count, and -∞ up to a multiple of 16; returns the largest.
+LLAMA3_INLINE float scale_scores(float* row, int count, float scale) {
+    F most = splat(-std::numeric_limits<float>::infinity());
+    for (int j = count; j % 16 != 0; ++j) row[j] = -std::numeric_limits<float>::infinity();
+    for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
+    for (int h = 0; h < 16; h += lanes) {
+        const F score = load(row + j + h) * splat(scale);
+        store(row + j + h, score);
+        most = max(most, score);
+    }
+    float values[lanes];
+    store(values, most);
+    for (int half = lanes / 2; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) values[i] = std::max(values[i], values[i + half]);
+    return values[0];
+}
+
+// row[j] = e^(row[j] - largest), none of which is above 1; returns their sum, over 16 lanes.
+LLAMA3_INLINE float exponentiate(float* row, int count, float largest) {
+    F sums[parts];
+    for (int h = 0; h < parts; ++h) sums[h] = splat(0);
+    for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        const F p = exp_finite(load(row + j + h * lanes) - splat(largest));
+        store(row + j + h * lanes, p);
+        sums[h] = sums[h] + p;
+    }
+    float values[16];
+    for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
+    return sum_lanes(values);
+}
+
+// One segment (§5, attend_reference): all scores, then the softmax, then the mix.
+template <Format kv>
+void attend_segment(const Attention& a, int segment, float* mix) {
     const CacheView& cache = a.cache;
     const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      mix_width = static_cast<std::size_t>(attention_width(cache.head_dim)),
                       padded = static_cast<std::size_t>(padded_width(cache.head_dim));
-    const std::size_t groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
-    const F scale = splat(1 / std::sqrt(static_cast<float>(cache.head_dim)));
-    float* scores = a.scratch;
-    for (int j = 0; j < count; j += 16) {
-        const std::size_t tile = static_cast<std::size_t>(first + j) / 16;
-        F dots[G][parts];
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) dots[g][h] = splat(0);
-        for (std::size_t e = 0; e < width; ++e) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
-            F key_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                key_scale = load_fp16(cache.key_scales + (tile * groups + e / block_columns) * 16 +
-                                      static_cast<std::size_t>(h * lanes));
-            const F key = load_cached<kv>(cache.keys, (tile * width + e) * 16 + static_cast<std::size_t>(h * lanes), key_scale);
-            LLAMA3_UNROLL
-            for (int g = 0; g < G; ++g)
-                dots[g][h] = fma(splat(query[static_cast<std::size_t>(g) * width + e]), key, dots[g][h]);
+    constexpr std::size_t element = kv == Format::f32 ? 4 : kv == Format::bf16 ? 2 : 1;
+    const int queries = a.queries(), count = a.seen(queries - 1, segment);
+    int begin = 0;
+    while (a.seen(begin, segment) == 0) begin += a.n_queries;
+    const auto row = [](float* rows, int q) { return rows + static_cast<std::size_t>(q) * score_stride; };
+    const auto heads = [&](int q) {
+        return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::min(queries - q, attention_heads))));
+    };
+    float *const scores = a.scratch, *const vectors = row(scores, queries),
+                 *const packed = vectors + attention_chunk * mix_width;
+    for (int q = begin; q < queries; ++q)
+        for (std::size_t e = 0; e < width; e += attention_segment)
+            std::memcpy(row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                        a.query + static_cast<std::size_t>(q / a.n_queries) * a.stride +
+                            static_cast<std::size_t>(q % a.n_queries) * width + e,
+                        4 * std::min<std::size_t>(width - e, attention_segment));
+    for (int j = 0; j < count; j += attention_chunk) {
+        const std::size_t position = static_cast<std::size_t>(j);
+        decode_chunk<kv>(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
+        for (int q = begin, n; q < queries; q += n) {
+            n = heads(q);
+            for (int i = 0; i < std::min(a.seen(q + n - 1, segment) - j, attention_chunk); i += attention_step)
+                for (std::size_t e = 0; e < width; e += attention_segment)
+                    add_products<attention_heads>(
+                        {row(scores, q) + j + i, score_stride,
+                         row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                         vectors + (static_cast<std::size_t>(i) * width + e * attention_step), attention_step,
+                         static_cast<int>(std::min<std::size_t>(width - e, attention_segment)), e == 0,
+                         cache.keys + (position + attention_chunk + static_cast<std::size_t>(i)) * width * element,
+                         attention_step * element},
+                        n);
         }
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) store(scores + g * attention_segment + j + h * lanes, dots[g][h] * scale);
     }
-    for (int g = 0; g < G; ++g) {
-        float* row = scores + g * attention_segment;
-        const int filled = static_cast<int>(round_up(count, 16));
-        for (int j = count; j < filled; ++j)
-            row[j] = -std::numeric_limits<float>::infinity();  // positions that are not there yet
-        F most = load(row);
-        for (int j = lanes; j < filled; j += lanes) most = max(most, load(row + j));
-        float values[16];
-        store(values, most);
-        largest[g] = values[0];
-        for (int i = 1; i < lanes; ++i) largest[g] = std::max(largest[g], values[i]);
-        F sums[parts];
-        for (int h = 0; h < parts; ++h) sums[h] = splat(0);
-        for (int j = 0; j < filled; j += 16)
-            for (int h = 0; h < parts; ++h) {
-                const F p = exp(load(row + j + h * lanes) - splat(largest[g]));
-                store(row + j + h * lanes, p);
-                sums[h] = sums[h] + p;
+    float *const largest = mix + static_cast<std::size_t>(queries) * mix_width, *const total = largest + queries;
+    const float scale = 1 / std::sqrt(static_cast<float>(cache.head_dim));
+    // Two loops: the processor can look for the largest score of one head while it still waits for that of another.
+    for (int q = begin; q < queries; ++q) largest[q] = scale_scores(row(scores, q), a.seen(q, segment), scale);
+    for (int q = begin; q < queries; ++q) total[q] = exponentiate(row(scores, q), a.seen(q, segment), largest[q]);
+    for (int j = 0; j < count; j += attention_chunk) {
+        const std::size_t position = static_cast<std::size_t>(j);
+        decode_chunk<kv>(cache, false, j, std::min(count - j, attention_chunk), vectors);
+        for (int q = begin, n; q < queries; q += n) {
+            n = heads(q);
+            // Together as far as the first of them sees: a product with a weight of zero would still let NaN through.
+            const int common = std::clamp(a.seen(q, segment) - j, 0, attention_chunk);
+            for (std::size_t c = 0; c < mix_width; c += attention_step) {
+                HeadProducts p{mix + static_cast<std::size_t>(q) * mix_width + c,
+                               mix_width,
+                               row(scores, q) + j,
+                               vectors + c,
+                               mix_width,
+                               common,
+                               j == 0,
+                               cache.values + ((position + attention_chunk) * padded + c) * element,
+                               padded * element};
+                add_products<attention_heads>(p, n);
+                p.fresh = false, p.factors += common, p.vectors += static_cast<std::size_t>(common) * mix_width;
+                for (int other = q + 1; other < q + n; ++other) {
+                    p.sums += mix_width, p.factors += score_stride;
+                    p.count = std::min(a.seen(other, segment) - j, attention_chunk) - common;
+                    if (p.count > 0) add_products<1>(p, 1);
+                }
             }
-        for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
-        total[g] = sum_lanes(values);
-    }
-    constexpr std::size_t most = parts == 1 ? 4 * lanes : 16;  // channels at a time
-    std::size_t c = 0;
-    for (; c + most <= padded; c += most)
-        mix_values<kv, G, static_cast<int>(most) / lanes>(cache, first, count, c, scores, mix);
-    if constexpr (most > 16)
-        for (; c < padded; c += 16) mix_values<kv, G, parts>(cache, first, count, c, scores, mix);
-}
-
-// G heads over all segments, joined in order (§5, attend_reference).
-template <Format kv, int G>
-void attend_heads(const Attention& a, int head) {
-    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
-                      padded = static_cast<std::size_t>(padded_width(a.cache.head_dim));
-    const float* query = a.query + static_cast<std::size_t>(head) * width;
-    float* mix = a.scratch + 4 * attention_segment;
-    float* joined = mix + 4 * padded;
-    float largest[G], total[G], segment_largest[G], segment_total[G];
-    attend_segment<kv, G>(a, query, 0, std::min(a.n, attention_segment), largest, total, joined);
-    for (int first = attention_segment; first < a.n; first += attention_segment) {
-        attend_segment<kv, G>(a, query, first, std::min(a.n - first, attention_segment), segment_largest, segment_total, mix);
-        for (int g = 0; g < G; ++g) {
-            const float both = std::max(largest[g], segment_largest[g]);
-            const float old_share = detail::exp(largest[g] - both), new_share = detail::exp(segment_largest[g] - both);
-            total[g] = detail::fma(segment_total[g], new_share, total[g] * old_share);
-            largest[g] = both;
-            for (std::size_t e = static_cast<std::size_t>(g) * padded; e < static_cast<std::size_t>(g + 1) * padded; e += lanes)
-                store(joined + e, fma(load(mix + e), splat(new_share), load(joined + e) * splat(old_share)));
         }
     }
-    for (int g = 0; g < G; ++g) {
-        const float inverse = 1 / total[g];
-        for (std::size_t e = 0; e < width; ++e)
-            a.out[static_cast<std::size_t>(head + g) * width + e] = joined[static_cast<std::size_t>(g) * padded + e] * inverse;
+}
+
+void attend(const Attention& a, int segment, float* mix) {
+    if (a.cache.format == Format::f32) attend_segment<Format::f32>(a, segment, mix);
+    else if (a.cache.format == Format::bf16) attend_segment<Format::bf16>(a, segment, mix);
+    else attend_segment<Format::q8>(a, segment, mix);
+}
+
+// §5, attend_reference: the running softmax over segments.
+void join(const Attention& a, int segment, float* joined, const float* mix) {
+    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
+                      mix_width = static_cast<std::size_t>(attention_width(a.cache.head_dim)),
+                      queries = static_cast<std::size_t>(a.queries());
+    for (std::size_t q = 0; q < queries; ++q) {
+        float *to = joined + q * mix_width, *largest = joined + queries * mix_width + q, *total = largest + queries;
+        if (segment > 0 && a.seen(static_cast<int>(q), segment) > 0) {
+            const float *from = mix + q * mix_width, *other = mix + queries * mix_width + q;
+            const float both = std::max(*largest, other[0]);
+            float shares[2 * lanes];
+            store(shares, exp(splat(*largest - both))), store(shares + lanes, exp(splat(other[0] - both)));
+            const float old_share = shares[0], new_share = shares[lanes];
+            *total = detail::fma(other[queries], new_share, *total * old_share);
+            *largest = both;
+            for (std::size_t e = 0; e < mix_width; e += lanes)
+                store(to + e, fma(load(from + e), splat(new_share), load(to + e) * splat(old_share)));
+        }
+        if (segment + 1 < a.segments()) continue;
+        const std::size_t group = static_cast<std::size_t>(a.n_queries);
+        float* out = a.out + q / group * a.stride + q % group * width;
+        const float inverse = 1 / *total;
+        std::size_t e = 0;
+        for (; e + lanes <= width; e += lanes) store(out + e, load(to + e) * splat(inverse));
+        for (; e < width; ++e) out[e] = to[e] * inverse;
     }
-}
-
-template <Format kv>
-void attend_as(const Attention& a) {
-    int head = 0;
-    for (; head + 4 <= a.n_queries; head += 4) attend_heads<kv, 4>(a, head);
-    if (head + 2 <= a.n_queries) attend_heads<kv, 2>(a, head), head += 2;
-    if (head < a.n_queries) attend_heads<kv, 1>(a, head);
-}
-
-void attend(const Attention& a) {
-    if (a.cache.format == Format::f32) attend_as<Format::f32>(a);
-    else if (a.cache.format == Format::bf16) attend_as<Format::bf16>(a);
-    else attend_as<Format::q8>(a);
 }
 
 #endif
@@ -3560,7 +3741,8 @@ const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
                          pack,
                          multiply,
                          swiglu,
-                         attend};
+                         attend,
+                         join};
 
 }  // namespace LLAMA3_KERNELS
 }  // namespace detail
@@ -3660,7 +3842,7 @@ LLAMA3_INLINE void finish_unit(std::byte* dots) {
 void multiply_tile(const Product& product, int panel, const std::byte* w, const std::byte* x, int tokens, float* out) {
     alignas(64) std::byte dots[2][2 * tile_bytes];
     const int segments = product.w.segments, units = product.w.units() / segments;
-    F parts_of_sum[max_segments][1][1][tile_tokens];
+    F chains[max_segments][tile_tokens];
     begin_unit(x, w);
     finish_unit(dots[0]);
     for (int s = 0; s < segments; ++s) {
@@ -3683,9 +3865,9 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, const 
             if (more) finish_unit(dots[(s * units + u + 1) % 2]);
         }
         LLAMA3_UNROLL
-        for (int t = 0; t < tile_tokens; ++t) parts_of_sum[s][0][0][t] = sums[t];
+        for (int t = 0; t < tile_tokens; ++t) chains[s][t] = sums[t];
     }
-    join_segments<1, tile_tokens>(product, panel, 1, tokens, parts_of_sum, out);
+    join_segments(product, panel, chains[0], tile_tokens, tokens, out);
 }
 
 void multiply_blocks(const Product& product) {
@@ -3712,7 +3894,7 @@ void multiply_blocks(const Product& product) {
 template <int P>
 void multiply_pairs(const Product& product, int panel, int step, const std::byte* x, int tokens, float* out) {
     const Matrix& w = product.w;
-    alignas(64) float sums[max_segments][P][16][16];
+    F sums[max_segments][P][16];
     alignas(64) std::byte rest[tile_bytes];
     const int columns = w.columns / w.segments;
     const std::byte* data[P];
@@ -3768,13 +3950,7 @@ void multiply_pairs(const Product& product, int panel, int step, const std::byte
         }
     }
     forget_loads();
-    for (int p = 0; p < P; ++p)
-        for (int t = 0; t < tokens; ++t) {
-            F parts_of_sum[max_segments][1][1][1];
-            for (int s = 0; s < w.segments; ++s) parts_of_sum[s][0][0][0] = load(sums[s][p][t]);
-            join_segments<1, 1>(product, panel + p * step, 1, 1, parts_of_sum,
-                                out + static_cast<std::size_t>(t) * product.stride);
-        }
+    for (int p = 0; p < P; ++p) join_segments(product, panel + p * step, sums[0][p], P * 16, tokens, out);
 }
 
 void multiply_bf16(const Product& product) {
@@ -3818,7 +3994,8 @@ const Kernels kernels = {"amx",
                          pack,
                          multiply,
                          swiglu,
-                         attend};
+                         attend,
+                         join};
 
 }  // namespace amx
 }  // namespace detail
@@ -3854,6 +4031,9 @@ std::vector<KernelChoice> all_kernels() {
         std::swap(choices[choices.size() - 2], choices.back());  // there vdpbf16ps has half the rate of two fused multiply-adds
     choices.push_back({&avx_vnni::kernels, cpu.avx2_fma_f16c && cpu.avx_vnni});
     choices.push_back({&avx2::kernels, cpu.avx2_fma_f16c});
+#elif defined(__aarch64__)
+    choices.push_back({&neon_dotprod::kernels, cpu_features().dotprod});
+    choices.push_back({&neon::kernels, true});
 #endif
     choices.push_back({&baseline::kernels, true});
     return choices;
@@ -4024,40 +4204,33 @@ using Team = ThreadTeam;
 namespace llama3 {
 namespace detail {
 
-// The CPU's cache: per layer and key/value head the arrays of CacheView, one after the other.
+// The CPU's cache, [segment][layer][key/value head] the arrays of CacheView: in the order in which a conversation fills it, so
+// that large pages, which spare attention most of its page walks, take no memory long before it is needed.
 class CpuCache final : public KVCache {
 public:
-    static std::size_t head_bytes(const Config& config, int capacity, Format format) {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity, 16)),
-                          groups = static_cast<std::size_t>(scale_groups(config.head_dim));
-        const std::size_t element = format == Format::f32    ? 4
-                                    : format == Format::bf16 ? 2
-                                                             : 1,
-                          scales = format == Format::q8 ? 2 * groups : 0;
-        const std::size_t per_position =
-            element * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) + 2 * scales;
-        return static_cast<std::size_t>(round_up(static_cast<std::int64_t>(positions * per_position), 64));
-    }
     static std::size_t bytes(const Config& config, int capacity, Format format) {
-        return head_bytes(config, capacity, format) * static_cast<std::size_t>(config.n_layers) *
-               static_cast<std::size_t>(config.n_kv_heads);
+        return static_cast<std::size_t>(round_up(capacity, 16)) * position_bytes(config, format) *
+               static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(config.n_kv_heads);
     }
 
     CpuCache(const Config& config, int capacity, Format format)
-        : n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity), format_(format),
-          head_bytes_(head_bytes(config, capacity, format)), memory_(bytes(config, capacity, format)) {}
+        : n_layers_(config.n_layers), n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity),
+          format_(format), position_bytes_(position_bytes(config, format)), memory_(bytes(config, capacity, format), true) {}
 
     int capacity() const override { return capacity_; }
 
-    CacheView view(int layer, int head) const {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity_, 16)),
-                          width = static_cast<std::size_t>(head_dim_);
-        const std::size_t padded = static_cast<std::size_t>(padded_width(head_dim_)),
-                          groups = static_cast<std::size_t>(scale_groups(head_dim_));
-        const std::size_t element = format_ == Format::f32 ? 4 : format_ == Format::bf16 ? 2 : 1;
-        std::byte* at = memory_.data() + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(n_kv_heads_) +
-                                          static_cast<std::size_t>(head)) *
-                                             head_bytes_;
+    CacheView view(int layer, int head, int segment) const {
+        const std::size_t width = static_cast<std::size_t>(head_dim_),
+                          padded = static_cast<std::size_t>(padded_width(head_dim_)),
+                          groups = static_cast<std::size_t>(scale_groups(head_dim_)), element = element_bytes(format_);
+        const std::size_t first = static_cast<std::size_t>(segment) * attention_segment,
+                          heads = static_cast<std::size_t>(n_kv_heads_),
+                          positions = std::min<std::size_t>(attention_segment,
+                                                            static_cast<std::size_t>(round_up(capacity_, 16)) - first);
+        std::byte* at =
+            memory_.data() + (first * static_cast<std::size_t>(n_layers_) * heads +
+                              (static_cast<std::size_t>(layer) * heads + static_cast<std::size_t>(head)) * positions) *
+                                 position_bytes_;
         CacheView view{format_, at, nullptr, at + positions * width * element, nullptr, head_dim_};
         if (format_ == Format::q8) {
             view.key_scales = reinterpret_cast<std::uint16_t*>(view.values + positions * padded);
@@ -4068,11 +4241,11 @@ public:
 
     // Writes the key and value [E] of one position.
     void store(int layer, int head, int position, const float* key, const float* value) {
-        const CacheView view = this->view(layer, head);
+        const CacheView view = this->view(layer, head, position / attention_segment);
         const std::size_t width = static_cast<std::size_t>(head_dim_),
                           padded = static_cast<std::size_t>(padded_width(head_dim_));
         const std::size_t groups = static_cast<std::size_t>(scale_groups(head_dim_));
-        const std::size_t p = static_cast<std::size_t>(position), tile = p / 16 * width * 16 + p % 16;
+        const std::size_t p = static_cast<std::size_t>(position % attention_segment), tile = p / 16 * width * 16 + p % 16;
         for (std::size_t first = 0; first < width; first += block_columns) {
             const std::size_t n = std::min<std::size_t>(block_columns, width - first);
             if (format_ == Format::q8) {
@@ -4098,9 +4271,15 @@ public:
     }
 
 private:
-    int n_kv_heads_, head_dim_, capacity_;
+    static std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+    static std::size_t position_bytes(const Config& config, Format format) {  // of one head
+        return element_bytes(format) * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) +
+               (format == Format::q8 ? 4 * static_cast<std::size_t>(scale_groups(config.head_dim)) : 0);
+    }
+
+    int n_layers_, n_kv_heads_, head_dim_, capacity_;
     Format format_;
-    std::size_t head_bytes_;
+    std::size_t position_bytes_;
     AlignedBuffer memory_;
 };
 
@@ -4129,8 +4308,9 @@ struct CpuBuffers {
     Tensor x, query, key, value, mixed, hidden, up;
     Tensor partial;     // [T + 1, D] this rank's part of a sum over ranks, and a row for the wish to stop; one rank has none
     std::byte* packed;  // activations in the order of a product's tiles
-    float* turns;       // [T, E] cos and sin of each row's position
-    float* scratch;     // [threads, scratch_floats] rows of a thread's own
+    std::size_t packed_bytes;
+    float* turns;    // [T, E] cos and sin of each row's position
+    float* scratch;  // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
     std::byte* room;  // [threads, room_bytes] unpacked panels
     std::size_t room_bytes;
@@ -4146,11 +4326,12 @@ struct CpuBuffers {
         hidden = arena.tensor(rows, c.ffn_dim);
         up = arena.tensor(rows, c.ffn_dim);
         partial = arena.tensor(ranks > 1 ? rows + 1 : 0, c.dim);
-        packed = arena.take<std::byte>(static_cast<std::size_t>(round_up(rows, max_tile_tokens)) *
-                                       packed_bytes(Format::f32, widest));
+        packed_bytes = static_cast<std::size_t>(round_up(rows, max_tile_tokens)) * detail::packed_bytes(Format::f32, widest);
+        packed = arena.take<std::byte>(packed_bytes);
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
+        const int queries = std::max(attention_queries, c.n_heads / c.n_kv_heads);
         scratch_floats = std::max<std::size_t>(max_tile_tokens * static_cast<std::size_t>(round_up(c.dim, 64)),
-                                               4 * attention_segment + 8 * static_cast<std::size_t>(padded_width(c.head_dim)));
+                                               attention_floats(queries, c.head_dim) + 2 * mix_floats(queries, c.head_dim));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
         room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
         room = arena.take<std::byte>(static_cast<std::size_t>(threads) * room_bytes);
@@ -4276,13 +4457,47 @@ public:
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
         if (b_.stopped_) return;
-        const int shared = config_.n_heads / config_.n_kv_heads;
-        for (int i = thread_; i < n_tokens_ * config_.n_kv_heads;
-             i += threads_) {  // later tokens see more: deal them out in turn
-            const int head = i / n_tokens_, t = i % n_tokens_, column = head * shared * config_.head_dim;
-            const Row& row = batch.rows[static_cast<std::size_t>(t)];
-            const CacheView cache = static_cast<const CpuCache*>(row.cache)->view(layer.index, head);
-            kernels_.attend({cache, query.row(t) + column, mixed.row(t) + column, scratch_, shared, row.position + 1});
+        const int n_kv_heads = config_.n_kv_heads, group = config_.n_heads / n_kv_heads, head_dim = config_.head_dim;
+        // A block is as many rows of a sequence as leave some blocks for every thread. Where even single rows do not, the
+        // segments of a row are shared out as well, and joined when all are there.
+        const int most = std::clamp(n_tokens_ * n_kv_heads / (4 * threads_), 1, std::max(1, attention_queries / group));
+        int segments = 1;
+        for (const Row& row : batch.rows) segments = std::max(segments, row.position / attention_segment + 1);
+        const std::size_t floats = mix_floats(group, head_dim),
+                          parts = static_cast<std::size_t>(n_tokens_ * n_kv_heads) * static_cast<std::size_t>(segments);
+        float* const mixes = reinterpret_cast<float*>(buffers_.packed);  // not in use now
+        const bool split =
+            segments > 1 && n_tokens_ * n_kv_heads < 2 * threads_ && parts * floats * sizeof(float) <= buffers_.packed_bytes;
+        float* const joined = scratch_ + attention_floats(most * group, head_dim);
+        float* const mix = joined + mix_floats(most * group, head_dim);
+        for (int phase = 0; phase <= split; ++phase) {
+            int item = 0;
+            const auto mine = [&] { return item++ % threads_ == thread_; };
+            for (int t = 0, n; t < n_tokens_; t += n) {
+                const Row* rows = batch.rows.data() + t;
+                for (n = 1; n < most && t + n < n_tokens_ && rows[n].cache == rows->cache;) ++n;
+                for (int head = 0; head < n_kv_heads; ++head) {
+                    const bool whole = split && phase == 0 ? false : mine();
+                    const int column = head * group * head_dim;
+                    const CpuCache& cache = *static_cast<const CpuCache*>(rows->cache);
+                    Attention a{{}, rows, query.row(t) + column, mixed.row(t) + column, query.stride, n, group, scratch_};
+                    for (int s = 0; s < a.segments(); ++s) {
+                        float* const slot =
+                            mixes + (static_cast<std::size_t>(t * n_kv_heads + head) * static_cast<std::size_t>(segments) +
+                                     static_cast<std::size_t>(s)) *
+                                        floats;
+                        a.cache = cache.view(layer.index, head, s);
+                        if (split && phase == 0) {
+                            if (mine()) kernels_.attend(a, s, slot);
+                        } else if (whole) {
+                            if (!split) kernels_.attend(a, s, s == 0 ? joined : mix);
+                            kernels_.join(a, s, split ? slot - static_cast<std::size_t>(s) * floats : joined,
+                                          split ? slot : mix);
+                        }
+                    }
+                }
+            }
+            if (phase < split) meet();
         }
         end(Stage::attend);
     }
@@ -4409,7 +4624,7 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
         CpuWorker worker(*this, thread, threads);
         forward(worker, share_.weights, activations, batch);
     });
-    if (failure_) std::rethrow_exception(failure_);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     return !stopped_;
 }
 
@@ -4666,7 +4881,7 @@ public:
           backends_(communicators_.size()), failures_(communicators_.size()), batches_(communicators_.size()),
           team_(options.ranks) {
         if (team_.threads() != options.ranks)
-            fail(Code::device, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
+            fail(Code::memory, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
                  std::to_string(options.ranks), "Use fewer ranks");
         on_all([&](std::size_t rank) {
             Options own = options;
@@ -4726,7 +4941,9 @@ private:
         });
         if (first_failure_ < 0) return;
         communicators_[0]->mend();
-        std::rethrow_exception(failures_[static_cast<std::size_t>(first_failure_)]);
+        const std::exception_ptr failure = failures_[static_cast<std::size_t>(first_failure_)];
+        std::ranges::fill(failures_, nullptr);
+        std::rethrow_exception(failure);
     }
 
     std::size_t vocabulary_;
@@ -4747,17 +4964,41 @@ std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, con
 
 // ── Ranks in several processes ──
 
-// What rank 0 tells the others; `rows` follow. Back ends and caches have the names that rank 0 gives them.
+// What rank 0 tells the others; `count` rows follow a step. Back ends and caches are known by where they are on rank 0.
 struct Command {
     enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
     Format kv;
-    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates
+    std::int32_t context, chunk, index, count;
     std::uint64_t backend, cache;
 };
 struct CommandRow {
     std::int32_t token, position;
     std::uint64_t cache, wants_logits;
 };
+std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr_t>(object); }
+
+void tell(Communicator& communicator, const Command& command, std::span<const CommandRow> rows = {}) {
+    std::vector<std::byte> message(sizeof command + rows.size_bytes());
+    std::memcpy(message.data(), &command, sizeof command);
+    if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
+    communicator.broadcast(message);
+}
+
+// Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
+void check_same_model(Communicator& communicator, const Model& model) {
+    std::uint64_t hash = identity_of(model);
+    std::array<float, 4> words;
+    for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
+    std::vector<float> all(communicator.rank() == 0 ? words.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
+    communicator.gather(words, all);
+    std::string others;
+    for (std::size_t i = 0; i < all.size(); i += words.size())
+        if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
+            others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
+    if (!others.empty())
+        fail(Code::format, "model", "not all ranks have the same model and version",
+             "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
+}
 
 // The best k logits of a rank's part of a row: [k] values and [k] ids as floats, which are exact up to 2^24. NaN is no logit, as
 // in Sampler::sample; what is missing is NaN.
@@ -4773,98 +5014,48 @@ std::vector<float> best_candidates(std::span<const float> logits, int first_id, 
     return flat;
 }
 
-// One rank's side of the commands.
-class RankServer {
-public:
-    RankServer(Device& device, Model model, Options options)
-        : device_(device), model_(std::move(model)), options_(std::move(options)),
-          first_logit_(border(model_.config().vocab_size, panel_rows, options_.communicator->rank(), options_.ranks)) {}
-
-    // `whole`: on rank 0 what is gathered. Returns false where a step was cancelled.
-    bool run(const Command& c, std::span<const CommandRow> rows, std::span<float> whole, const std::atomic<bool>* cancel) {
-        Communicator& communicator = *options_.communicator;
-        switch (c.kind) {
-            case Command::Kind::open:
-                check_same_model();
-                options_.kv = c.kv, options_.context = c.context, options_.chunk = c.chunk;
-                backends_[c.backend] = device_.open(model_, options_);
-                break;
-            case Command::Kind::close: backends_.erase(c.backend); break;
-            case Command::Kind::make_cache: caches_[c.cache] = backends_.at(c.backend)->make_cache(); break;
-            case Command::Kind::free_cache: caches_.erase(c.cache); break;
-            case Command::Kind::step:
-                rows_.clear();
-                for (const CommandRow& row : rows)
-                    rows_.push_back({row.token, row.position, caches_.at(row.cache).get(), row.wants_logits != 0});
-                return backends_.at(c.backend)->step({rows_}, cancel);
-            case Command::Kind::logits: communicator.gather(backends_.at(c.backend)->logits(c.index), whole); break;
-            case Command::Kind::candidates:
-                communicator.gather(best_candidates(backends_.at(c.backend)->logits(c.index), first_logit_, c.count), whole);
-        }
-        return true;
-    }
-    Backend& backend(std::uint64_t name) { return *backends_.at(name); }
-    const KVCache& cache(std::uint64_t name) { return *caches_.at(name); }
-
-private:
-    // Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
-    void check_same_model() {
-        std::uint64_t hash = identity_of(model_);
-        std::array<float, 4> words;
-        for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
-        Communicator& communicator = *options_.communicator;
-        std::vector<float> all(communicator.rank() == 0 ? words.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
-        communicator.gather(words, all);
-        std::string others;
-        for (std::size_t i = 0; i < all.size(); i += words.size())
-            if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
-                others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
-        if (!others.empty())
-            fail(Code::format, "model", "not all ranks have the same model and version",
-                 "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
-    }
-
-    Device& device_;
-    Model model_;
-    Options options_;
-    int first_logit_;
-    std::map<std::uint64_t, std::unique_ptr<Backend>> backends_;
-    std::map<std::uint64_t, std::unique_ptr<KVCache>> caches_;
-    std::vector<Row> rows_;
-};
-
-// Rank 0's side: every call is a command to all, itself included.
+// Rank 0's side: every call is told to the others, and done here as well.
 class LeadBackend final : public Backend {
 public:
     LeadBackend(Device& device, const Model& model, const Options& options)
-        : shared_(std::make_shared<Shared>(device, model, options)),
-          vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
-        if (options.communicator->rank() != 0)
+        : communicator_(options.communicator), vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
+        if (communicator_->rank() != 0)
             fail(Code::argument, "Session", "this process is not the one that leads",
-                 "rank " + std::to_string(options.communicator->rank()), "rank 0", "Call follow() here");
+                 "rank " + std::to_string(communicator_->rank()), "rank 0", "Call follow() here");
         Command command = about(Command::Kind::open);
         command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
-        shared_->tell(command);
+        tell(*communicator_, command);
+        check_same_model(*communicator_, model);
+        backend_ = device.open(model, options);
     }
-    ~LeadBackend() override { shared_->tell_quietly(about(Command::Kind::close)); }
+    ~LeadBackend() override { tell_quietly(*communicator_, about(Command::Kind::close)); }
 
     std::unique_ptr<KVCache> make_cache() override {
+        auto cache = std::make_unique<Cache>(communicator_);
         Command command = about(Command::Kind::make_cache);
-        command.cache = ++shared_->last_cache;
-        shared_->tell(command);
-        return std::make_unique<Cache>(shared_, command.cache);
+        command.cache = name_of(cache.get());
+        tell(*communicator_, command);
+        cache->local = backend_->make_cache();
+        return cache;
     }
-    int max_rows() const override { return local().max_rows(); }
+    int max_rows() const override { return backend_->max_rows(); }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
-        std::vector<CommandRow> rows;
-        for (const Row& row : batch.rows)
-            rows.push_back({row.token, row.position, static_cast<const Cache*>(row.cache)->name, row.wants_logits});
+        std::vector<CommandRow> told;
+        std::vector<Row> rows(batch.rows.begin(), batch.rows.end());
+        for (Row& row : rows) {
+            told.push_back({row.token, row.position, name_of(row.cache), row.wants_logits});
+            row.cache = static_cast<Cache*>(row.cache)->local.get();
+        }
         row_ = -1;
-        return shared_->tell(about(Command::Kind::step), rows, {}, cancel);
+        tell(*communicator_, about(Command::Kind::step), told);
+        return backend_->step({rows}, cancel);
     }
     std::span<const float> logits(int i) const override {
+        if (row_ == i) return whole_;
         whole_.resize(vocabulary_);
-        if (std::exchange(row_, i) != i) shared_->tell(about(Command::Kind::logits, i), {}, whole_);
+        tell(*communicator_, about(Command::Kind::logits, i));
+        communicator_->gather(backend_->logits(i), whole_);
+        row_ = i;
         return whole_;
     }
     // Where the best few of each rank decide, only those travel.
@@ -4873,10 +5064,9 @@ public:
         if (k < 1 || k > 64) return -1;
         if (row_ != i) {
             const std::size_t n = static_cast<std::size_t>(k);
-            std::vector<float> gathered(2 * n * static_cast<std::size_t>(shared_->communicator->ranks()));
-            Command command = about(Command::Kind::candidates, i);
-            command.count = k;
-            shared_->tell(command, {}, gathered);
+            std::vector<float> gathered(2 * n * static_cast<std::size_t>(communicator_->ranks()));
+            tell(*communicator_, about(Command::Kind::candidates, i, k));
+            communicator_->gather(best_candidates(backend_->logits(i), 0, k), gathered);
             row_ = -1;
             whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
             for (std::size_t at = 0; at < gathered.size(); at += at % n == n - 1 ? n + 1 : 1)
@@ -4885,53 +5075,36 @@ public:
         const FloatEnvironment environment;
         return draw_token(whole_, sampling, random, candidates_);
     }
-    StageTimes stage_times() const override { return local().stage_times(); }
-    std::string describe() const override { return shared_->communicator->describe() + ", rank 0: " + local().describe(); }
+    StageTimes stage_times() const override { return backend_->stage_times(); }
+    std::string describe() const override { return communicator_->describe() + ", rank 0: " + backend_->describe(); }
 
 private:
-    struct Shared {
-        std::shared_ptr<Communicator> communicator;
-        RankServer server;
-        std::uint64_t last_cache = 0;
-        Shared(Device& device, const Model& model, const Options& options)
-            : communicator(options.communicator), server(device, model, options) {}
-        bool tell(Command command, std::span<const CommandRow> rows = {}, std::span<float> whole = {},
-                  const std::atomic<bool>* cancel = nullptr) {
-            if (!rows.empty()) command.count = static_cast<std::int32_t>(rows.size());
-            std::vector<std::byte> message(sizeof command + rows.size_bytes());
-            std::memcpy(message.data(), &command, sizeof command);
-            if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
-            communicator->broadcast(message);
-            return server.run(command, rows, whole, cancel);
-        }
-        void tell_quietly(const Command& command) noexcept {
-            try {
-                tell(command);
-            } catch (...) {  // the others are gone: nothing is left to be freed there
-            }
-        }
-    };
     struct Cache final : KVCache {
-        std::shared_ptr<Shared> shared;
-        std::uint64_t name;
-        Cache(std::shared_ptr<Shared> s, std::uint64_t n) : shared(std::move(s)), name(n) {}
+        std::shared_ptr<Communicator> communicator;
+        std::unique_ptr<KVCache> local;
+        explicit Cache(std::shared_ptr<Communicator> c) : communicator(std::move(c)) {}
         ~Cache() override {
             Command command{};
-            command.kind = Command::Kind::free_cache, command.cache = name;
-            shared->tell_quietly(command);
+            command.kind = Command::Kind::free_cache, command.cache = name_of(this);
+            tell_quietly(*communicator, command);
         }
-        int capacity() const override { return shared->server.cache(name).capacity(); }
+        int capacity() const override { return local->capacity(); }
     };
-    Command about(Command::Kind kind, int index = 0) const {
+    static void tell_quietly(Communicator& communicator, const Command& command) noexcept {
+        try {
+            tell(communicator, command);
+        } catch (...) {  // the others are gone: nothing is left to be freed there
+        }
+    }
+    Command about(Command::Kind kind, int index = 0, int count = 0) const {
         Command command{};
-        command.kind = kind, command.index = index;
-        command.backend = reinterpret_cast<std::uintptr_t>(this);
+        command.kind = kind, command.index = index, command.count = count, command.backend = name_of(this);
         return command;
     }
-    Backend& local() const { return shared_->server.backend(about(Command::Kind::close).backend); }
 
-    std::shared_ptr<Shared> shared_;
+    std::shared_ptr<Communicator> communicator_;
     std::size_t vocabulary_;
+    std::unique_ptr<Backend> backend_;
     mutable std::vector<float> whole_;
     mutable int row_ = -1;  // which row whole_ is
     std::vector<Candidate> candidates_;
@@ -4945,25 +5118,48 @@ std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const 
 }  // namespace detail
 
 void follow(const Model& model, const Options& options) {
-    const Options own = detail::checked_options(model.config(), options);
+    using Kind = detail::Command::Kind;
+    Options own = detail::checked_options(model.config(), options);
     if (!own.communicator || own.communicator->rank() == 0)
         detail::fail(Code::argument, "follow", "this process leads", own.communicator ? "rank 0" : "no communicator",
                      "another rank of several", "Make a Session here");
+    Communicator& communicator = *own.communicator;
     const std::shared_ptr<Device> device = own.device ? own.device : cpu();
-    detail::RankServer server(*device, model, own);
+    const int first_logit = detail::border(model.config().vocab_size, panel_rows, communicator.rank(), own.ranks);
+    std::map<std::uint64_t, std::unique_ptr<Backend>> backends;
+    std::map<std::uint64_t, std::unique_ptr<KVCache>> caches;
     std::vector<std::byte> message;
-    std::vector<detail::CommandRow> rows;
+    std::vector<Row> rows;
     for (;;) {
-        own.communicator->broadcast(message);
+        communicator.broadcast(message);
         if (message.empty()) return;
         detail::Command command{};
-        if (message.size() < sizeof command || (message.size() - sizeof command) % sizeof(detail::CommandRow) != 0)
+        if (message.size() < sizeof command)
             detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
                          "a command", "Run the same version of the program on all ranks");
         std::memcpy(&command, message.data(), sizeof command);
-        rows.resize((message.size() - sizeof command) / sizeof(detail::CommandRow));
-        if (!rows.empty()) std::memcpy(rows.data(), message.data() + sizeof command, message.size() - sizeof command);
-        server.run(command, rows, {}, nullptr);
+        std::unique_ptr<Backend>& backend = backends[command.backend];
+        switch (command.kind) {
+            case Kind::open:
+                detail::check_same_model(communicator, model);
+                own.kv = command.kv, own.context = command.context, own.chunk = command.chunk;
+                backend = device->open(model, own);
+                break;
+            case Kind::close: backends.erase(command.backend); break;
+            case Kind::make_cache: caches[command.cache] = backend->make_cache(); break;
+            case Kind::free_cache: caches.erase(command.cache); break;
+            case Kind::step:
+                rows.clear();
+                for (std::size_t at = sizeof command; at < message.size(); at += sizeof(detail::CommandRow)) {
+                    const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
+                    rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
+                }
+                backend->step({rows}, nullptr);
+                break;
+            case Kind::logits: communicator.gather(backend->logits(command.index), {}); break;
+            case Kind::candidates:
+                communicator.gather(detail::best_candidates(backend->logits(command.index), first_logit, command.count), {});
+        }
     }
 }
 
@@ -5076,7 +5272,7 @@ private:
             std::this_thread::yield();
             const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
             if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            if (!what || waited < timeout_seconds_) continue;
+            if (!what || waited < (failed_ ? 0 : timeout_seconds_)) continue;
             failed_ = true;
             fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
                  to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
@@ -6011,6 +6207,10 @@ CpuFeatures cpu_features() {
         features.avx_vnni = features.avx2_fma_f16c && has(a, 4);
         features.avx512_bf16 = features.avx512 && has(a, 5);
     }
+#elif defined(__ARM_FEATURE_DOTPROD)  // what the compiler takes for granted, as Apple's does for a Mac
+    features.dotprod = true;
+#elif defined(__aarch64__) && defined(__linux__)
+    features.dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return features;
 }

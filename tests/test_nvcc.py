@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 import unittest
 
 SOURCE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -43,9 +42,7 @@ class Nvcc(unittest.TestCase):
                        "--threads", str(min(len(ARCHITECTURES), os.cpu_count() or 1))]
             for a in ARCHITECTURES:
                 command += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
-            start = time.time()
             done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
-            cls.seconds = time.time() - start
         cls.status, cls.messages = done.returncode, done.stdout + done.stderr
         cls.kernels = []  # (architecture, name, registers, stack, spilled bytes, static shared bytes)
         mangled, rows = [], []
@@ -91,10 +88,6 @@ class Nvcc(unittest.TestCase):
     def test_shared_memory_is_all_dynamic(self):
         self.assertEqual([k for k in self.kernels if k[5] > 0 and not k[0] in ("sm_90", "sm_100", "sm_120")], [])
         self.assertEqual([k for k in self.kernels if k[5] > 1024], [])  # from sm_90 on the system takes 1 KB
-
-    def test_one_architecture_takes_less_than_two_minutes(self):
-        if len(ARCHITECTURES) == 1:
-            self.assertLess(self.seconds, 120)
 
 
 NCCL = [folder for folder in ("/usr/local/cuda", "/usr/local", "/usr") if os.path.exists(os.path.join(folder, "include/nccl.h"))]
