@@ -1549,8 +1549,8 @@ constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 
 
 constexpr int most_ranks = 16;  // that meet here
 
-// An empty slot: a NaN with a payload that arithmetic does not make; a sum that was made to have it is another NaN instead. (TensorRT-
-// LLM takes -0, but then the signs of zeros would depend on the number of ranks.)
+// An empty slot: a NaN with a payload that arithmetic does not make; a sum that has it nevertheless is sent as another NaN. (With
+// -0, which TensorRT-LLM takes, the signs of zeros would depend on the number of ranks.)
 __device__ __forceinline__ float empty_slot() { return __uint_as_float(0xffffffffu); }
 __device__ __forceinline__ bool is_empty(float x) { return __float_as_uint(x) == 0xffffffffu; }
 __device__ __forceinline__ bool is_empty(float4 v) { return is_empty(v.x) || is_empty(v.y) || is_empty(v.z) || is_empty(v.w); }
@@ -1610,8 +1610,8 @@ __device__ __forceinline__ float4 join_parts(const Slots& slots, unsigned exchan
                        sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].w; }));
 }
 
-// W h, of one rank, to the slots of all; without a table to rows [first + n, stride] of to[0]. With R panels per item a warp has the
-// slice of the columns that it has where there is one rank.
+// W h, of one rank, to the slots of all, or, where slots has no table, to the rows of to[0]. With R panels per item a warp has
+// the slice of the columns that it has where there is one rank.
 struct PushRows {
     static constexpr int panels = 0;
     Panels w;
@@ -1665,7 +1665,7 @@ __global__ void __launch_bounds__(join_threads) join_partials(Partials parts, fl
     if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<n>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
 }
 
-// Whether GPUs reach each other's memory: one stores there, and loads from there.                            One thread per float4
+// Whether GPUs reach each other's memory: one stores there, and loads from there.                    One thread per 4 floats
 static __global__ void __launch_bounds__(join_threads) probe_peer(float* to, const float* from, float* copy, unsigned seed) {
     const unsigned i = blockIdx.x * join_threads + threadIdx.x, first = seed + 4 * i;
     store_remote16(to + 4 * i, make_float4(static_cast<float>(first), static_cast<float>(first + 1),
@@ -2374,9 +2374,9 @@ private:
 
 // ═══ K13  The back end ═════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// The stages in the order of llama3.hpp, §3, for all ranks of this process in lock-step: one thread launches each stage on every
-// rank before the next. forward() passes what belongs to the first of them; the others have their own. Up to 8 rows each stage is
-// one launch; what changes from step to step (tokens, positions, caches, which rows want logits) is in tables in device memory,
+// The stages in the order of llama3.hpp, §3, for all ranks of this process in lock-step: one thread launches each stage on all of
+// them before the next. forward() passes what belongs to the first; the others have their own. Up to 8 rows each stage is one
+// launch per rank; what changes from step to step (tokens, positions, caches, which rows want logits) is in tables in device memory,
 // so the graph of a number of rows is captured once per GPU and only launched after that.
 
 // How the parts of a sum reach the other ranks.
