@@ -5,6 +5,8 @@
 //     nvcc -std=c++20 -O3 -arch=native -x cu -c kernels.cuh -o kernels.o
 //     g++ -std=c++20 -O2 program.cpp kernels.o -L/usr/local/cuda/lib64 -lcudart -lcublasLt -pthread
 //
+// With -DLLAMA3_NCCL, and -lnccl, ranks in several processes meet through NCCL instead of the host.
+//
 // The stages are those of llama3.hpp, §3, in its order; §5 there is the specification. Up to 8 rows (decode, a few sequences at
 // once) go through one matrix x vector kernel that reads the file's panels, captured as one CUDA graph per number of rows.
 // More rows (prompts) are multiplied by cuBLASLt, one matrix at a time unpacked to bf16, and attended on tensor cores.
@@ -20,9 +22,11 @@
 //   K7   Attention, one query at a time     split over segments of 512 positions
 //   K8   Prompts                            unpack, cuBLASLt, flash attention
 //   K9   Sampling                           a token from a row of logits
-//   K10  Memory                             weights, caches, buffers: planned before they are allocated
-//   K11  The back end                       the stages, graphs
-//   K12  The device                         llama3::cuda
+//   K10  Sums over ranks                    one model on several GPUs
+//   K11  Memory                             weights, caches, buffers: planned before they are allocated
+//   K12  A rank's stages                    what is launched for one rank
+//   K13  The back end                       all ranks in lock-step, graphs
+//   K14  The device                         llama3::cuda
 //
 // Arithmetic: no float atomics, and every sum has a fixed order. Up to 8 rows the bits of a row do not depend on the run, on
 // the other rows, on the number of blocks or of ranks; with more rows they do not depend on the run. A product that feeds a sum
@@ -41,6 +45,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <tuple>
 #include <type_traits>
 
@@ -59,6 +64,9 @@ using namespace cuda_emu;  // what is defined below for nvcc
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#ifdef LLAMA3_NCCL
+#include <nccl.h>
+#endif
 
 namespace llama3::gpu {
 
@@ -104,6 +112,24 @@ __device__ __forceinline__ uint2 load_streaming8(const void* from) {
 }
 // What another block of the same launch has written: L1 is not coherent, L2 is.
 __device__ __forceinline__ float load_fresh(const float* from) { return __ldcg(from); }
+
+// What GPUs tell each other while kernels run: memory that another one stores to is looked at until everything is there.
+__device__ __forceinline__ void store_remote16(float* to, float4 v) {
+    asm volatile("st.volatile.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+__device__ __forceinline__ float4 load_remote16(const float* from) {
+    float4 v;
+    asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+// Before another look. A GPU that hears nothing for about half a minute gives up: an error instead of a program that hangs.
+__device__ __forceinline__ void wait_for_others(unsigned& looks) {
+    if (++looks == 1u << 25) __trap();
+}
 
 // Asynchronous copies of 16 bytes to shared memory; a group is what was copied since the last commit. From sm_80 on.
 __device__ __forceinline__ void copy_async16(std::uint16_t* to, const void* from) {
@@ -162,8 +188,9 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint
 
 namespace llama3 {
 namespace detail {
-std::vector<float> rope_frequencies(const Config& config);         // §5
-void check_ranks(const Config& config, int ranks, int available);  // §13
+std::vector<float> rope_frequencies(const Config& config);  // §5
+int border(int n, int unit, int rank, int ranks);           // §13
+std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options);
 }  // namespace detail
 
 namespace gpu {
@@ -203,6 +230,11 @@ inline void check(cublasStatus_t status, const char* call, const std::string& wh
     if (status == CUBLAS_STATUS_SUCCESS) return;
     fail(Code::device, "cuBLASLt, " + where + ": " + call + " failed (found " + cublasLtGetStatusString(status) +
                            ", expected success). Check that the versions of cuBLASLt and of the driver belong together.");
+}
+
+inline void copy_async(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream,
+                       const std::string& where) {
+    check(cudaMemcpyAsync(to, from, bytes, kind, stream), "cudaMemcpyAsync", where);
 }
 
 // The one place that starts kernels. The arguments are converted to the types of the kernel's parameters.
@@ -459,8 +491,8 @@ struct Panels {
 // A row of a batch, in the table in device memory from which kernels read everything that changes from step to step.
 struct RowEntry {
     int token, position;
-    int capacity;  // of its cache
-    int unused;
+    int capacity;        // of its cache
+    unsigned exchanges;  // sums over ranks before this step (K10)
     std::byte* cache;
 };
 
@@ -726,11 +758,18 @@ std::size_t matvec_shared_bytes(int units) {
                             static_cast<std::size_t>(2 * matvec_warps * 16 * columns));
 }
 
-// Epilogue: what an item is, and what becomes of its sums.              n <= columns rows are used, input row first + c each
+template <class Epilogue>
+__device__ __forceinline__ int panels_of(const Epilogue& epilogue) {
+    if constexpr (Epilogue::panels > 0) return Epilogue::panels;
+    else return epilogue.panels_per_item();
+}
+
+// Epilogue: what an item is (panels: of how many; 0: it says so at run time), and what becomes of its sums.
+//                                                                       n <= columns rows are used, input row first + c each
 template <class W, int columns, class Epilogue>
 __global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, columns>)
     matvec(Input input, Epilogue epilogue, int first, int n) {
-    constexpr int panels = Epilogue::panels, slices = matvec_warps / panels;
+    const int panels = panels_of(epilogue), slices = matvec_warps / panels;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const int units = epilogue.units(), words = W::words(units);
     const Shared<std::uint32_t> x = shared_memory<std::uint32_t>();
@@ -776,7 +815,10 @@ __global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, column
         __syncthreads();
         for (int i = thread; i < panels * columns * 16; i += matvec_threads) {
             const Shared<float> parts = partial + (i / (16 * columns) * slices * columns + i / 16 % columns) * 16 + i % 16;
-            total[i] = sum_tree<slices>(parts, columns * 16);
+            total[i] = slices == 16  ? sum_tree<16>(parts, columns * 16)
+                       : slices == 8 ? sum_tree<8>(parts, columns * 16)
+                       : slices == 4 ? sum_tree<4>(parts, columns * 16)
+                                     : sum_tree<2>(parts, columns * 16);
         }
         __syncthreads();
         epilogue.finish(item, Totals<columns>{total}, first, n);
@@ -1149,7 +1191,7 @@ constexpr int flash_rows = 64, flash_positions = 64, flash_threads = 128;
 template <int head_dim>
 constexpr int flash_row_halves = head_dim + 8;  // 16 bytes more than a power of two: 8 rows of a matrix lie in different banks
 template <int head_dim>
-constexpr std::size_t flash_shared_bytes = 2 * 2 * flash_positions * flash_row_halves<head_dim> * sizeof(std::uint16_t);
+constexpr std::size_t flash_shared_bytes = 2 * 2 * flash_positions* flash_row_halves<head_dim> * sizeof(std::uint16_t);
 
 // Keys (or values) of positions [begin, begin + 64) to shared memory as bf16; zeros from position n on, since 0 x NaN is NaN.
 template <class C, int head_dim>
@@ -1302,13 +1344,15 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
 constexpr int sample_threads = 1024, sample_warps = sample_threads / 32;
 using Mass = unsigned long long;
 
-struct Draw {
+// What changes from draw to draw, in a table in device memory.
+struct DrawEntry {
+    float temperature, top_p, min_p;
+    int top_k, row, token;  // row: of the logits; token is the result, -1 if no logit is a number
+    double uniform;         // 0 to 1, from the sampler's generator
+};
+struct Draw : DrawEntry {
     const float* logits;
     int n;
-    float temperature, top_p, min_p;
-    int top_k;
-    double uniform;  // 0 to 1, from the sampler's generator
-    int* token;      // -1: no logit is a number
 };
 struct Border {
     unsigned key;
@@ -1385,7 +1429,10 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
     border = {prefix, prefix == border.key ? min(equals, border.equals) : equals};
 }
 
-static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
+static __global__ void __launch_bounds__(sample_threads)
+    draw_token(const float* logits, std::size_t stride, int n, DrawEntry* entry) {
+    Draw d{*entry, nullptr, n};
+    d.logits = logits + static_cast<std::size_t>(d.row) * stride;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
     const Shared<Mass> bins = shared_memory<Mass>();  // [sample_bins]
     const Shared<Mass> found = bins + sample_bins;    // [2]
@@ -1416,7 +1463,7 @@ static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
     }
     __syncthreads();
     if (largest == 0 || d.temperature == 0) {
-        if (thread == 0) *d.token = largest == 0 ? -1 : static_cast<int>(~static_cast<unsigned>(largest));
+        if (thread == 0) entry->token = largest == 0 ? -1 : static_cast<int>(~static_cast<unsigned>(largest));
         return;
     }
     const float best = d.logits[~static_cast<unsigned>(largest)];
@@ -1479,7 +1526,7 @@ static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
                 if (lane >= step) until += other;
             }
             until += passed;
-            if (until - own <= point && point < until) *d.token = i;  // of one lane
+            if (until - own <= point && point < until) entry->token = i;  // of one lane
             passed = __shfl_sync(all_lanes, until, 31);
             equals += static_cast<Mass>(__popc(at_border));
         }
@@ -1487,7 +1534,156 @@ static __global__ void __launch_bounds__(sample_threads) draw_token(Draw d) {
 }
 constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 * sample_warps);
 
-// ═══ K10  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
+// ═══ K10  Sums over ranks ══════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// x += the products of attention_out (or down) of all ranks, summed by the tree of join_ranks() in llama3.hpp, by every rank for
+// itself: the bits are those of one rank.
+//
+// Few rows: "one-shot". The product of a rank pushes its sums into its slot in the memory of every rank, and each looks at its
+// slots until they are full. Nothing else is sent: an empty slot holds a number that no sum is, so that what arrives is its own
+// signal. There are three sets of slots, in turns. Exchange i fills set i % 3, and empties set (i + 2) % 3, which exchange i - 1
+// has filled and read: nobody fills it before this rank's part of exchange i + 1 has arrived there, which is sent after this.
+// Set (i + 1) % 3 must be left alone, because a rank that is ahead may be filling it already.
+//
+// Many rows: the ranks wait for each other's products, by events, and read them where they are.
+
+constexpr int most_ranks = 16;  // that meet here
+
+// An empty slot: a NaN with a payload that arithmetic does not make; a sum that was made to have it is another NaN instead. (TensorRT-
+// LLM takes -0, but then the signs of zeros would depend on the number of ranks.)
+__device__ __forceinline__ float empty_slot() { return __uint_as_float(0xffffffffu); }
+__device__ __forceinline__ bool is_empty(float x) { return __float_as_uint(x) == 0xffffffffu; }
+__device__ __forceinline__ bool is_empty(float4 v) { return is_empty(v.x) || is_empty(v.y) || is_empty(v.z) || is_empty(v.w); }
+__device__ __forceinline__ float sendable(float x) { return is_empty(x) ? __uint_as_float(0x7fffffffu) : x; }
+
+// part(0) + part(1) + ... of `ranks` parts, at most n, as the tree ((0 + 1) + (2 + 3)) + ...: what is missing is left out.
+template <int n, class F>
+__device__ __forceinline__ float sum_ranks(int first, int ranks, const F& part) {
+    if constexpr (n == 1) return part(first);
+    else {
+        const float low = sum_ranks<n / 2>(first, ranks, part);
+        return first + n / 2 < ranks ? __fadd_rn(low, sum_ranks<n / 2>(first + n / 2, ranks, part)) : low;
+    }
+}
+
+// The slots of one rank, [3][ranks][rows][stride], and which set it is the turn of.
+struct Slots {
+    float* data;
+    int ranks;
+    std::size_t stride;
+    const RowEntry* table;
+    unsigned index;  // of the exchange, within the step
+    static constexpr int rows = matvec_rows;
+    __host__ __device__ std::size_t slot() const { return rows * stride; }
+    __device__ unsigned exchange() const { return table[0].exchanges + index; }
+    __device__ std::size_t at(unsigned exchange, int rank) const {
+        return (exchange % 3 * static_cast<std::size_t>(ranks) + static_cast<std::size_t>(rank)) * slot();
+    }
+};
+
+// The part of `rank` for 4 columns at `at` of the slots, to every rank.
+__device__ __forceinline__ void push_part(float* const* to, const Slots& slots, unsigned exchange, int rank, std::size_t at,
+                                          float4 v) {
+    v = make_float4(sendable(v.x), sendable(v.y), sendable(v.z), sendable(v.w));
+    for (int r = 0; r < slots.ranks; ++r) store_remote16(to[r] + slots.at(exchange, rank) + at, v);
+}
+// The sum of the parts for 4 columns, once all are there. Then the set after next is emptied.
+template <int n>
+__device__ __forceinline__ float4 join_parts(const Slots& slots, unsigned exchange, std::size_t at) {
+    float4 parts[n];
+#pragma unroll
+    for (int r = 0; r < n; ++r)
+        if (r < slots.ranks) parts[r] = load_remote16(slots.data + slots.at(exchange, r) + at);
+    unsigned looks = 0;
+#pragma unroll
+    for (int r = 0; r < n; ++r)
+        while (r < slots.ranks && is_empty(parts[r])) {
+            wait_for_others(looks);
+            parts[r] = load_remote16(slots.data + slots.at(exchange, r) + at);
+        }
+    const float empty = empty_slot();
+    for (int r = 0; r < slots.ranks; ++r)
+        store_remote16(slots.data + slots.at(exchange + 2, r) + at, make_float4(empty, empty, empty, empty));
+    return make_float4(sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].x; }),
+                       sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].y; }),
+                       sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].z; }),
+                       sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].w; }));
+}
+
+// W h, of one rank, to the slots of all; without a table to rows [first + n, stride] of to[0]. With R panels per item a warp has the
+// slice of the columns that it has where there is one rank.
+struct PushRows {
+    static constexpr int panels = 0;
+    Panels w;
+    int panels_, rank;
+    Slots slots;
+    float* to[most_ranks];
+    __host__ __device__ int panels_per_item() const { return panels_; }
+    __host__ __device__ int items() const { return (w.panels() + panels_ - 1) / panels_; }
+    __host__ __device__ int units() const { return w.units; }
+    __device__ int segments() const { return w.segments; }
+    __device__ const std::byte* panel(int item, int part) const {
+        return item * panels_ + part < w.panels() ? w.panel(item * panels_ + part) : nullptr;
+    }
+    template <class T>
+    __device__ void finish(int item, const T& total, int first, int n) const {
+        const unsigned exchange = slots.table ? slots.exchange() : 0;
+        for (int i = static_cast<int>(threadIdx.x); i < panels_ * 4 * n; i += matvec_threads) {
+            const int c = i / (panels_ * 4), part = i / 4 % panels_, quad = i % 4 * 4,
+                      row = (item * panels_ + part) * 16 + quad;
+            if (row >= w.rows) continue;
+            const auto value = [&](int k) { return row + k < w.rows ? total(part, c, quad + k) : 0.0f; };
+            const float4 v = make_float4(value(0), value(1), value(2), value(3));
+            const std::size_t at = static_cast<std::size_t>(first + c) * slots.stride + static_cast<std::size_t>(row);
+            if (slots.table) push_part(to, slots, exchange, rank, at, v);
+            else store16(to[0] + at, v);
+        }
+    }
+};
+
+// x += Σ slots                                                               One thread per 4 columns of a row; columns = D / 4
+constexpr int join_threads = 128;
+template <int n>
+__global__ void __launch_bounds__(join_threads) join_slots(Slots slots, float* x, int rows, int columns) {
+    const int i = static_cast<int>(blockIdx.x) * join_threads + static_cast<int>(threadIdx.x);
+    if (i >= rows * columns) return;
+    const std::size_t at = static_cast<std::size_t>(i / columns) * slots.stride + static_cast<std::size_t>(i % columns * 4);
+    const float4 sum = join_parts<n>(slots, slots.exchange(), at), old = load16<float4>(x + at);
+    store16(x + at,
+            make_float4(__fadd_rn(old.x, sum.x), __fadd_rn(old.y, sum.y), __fadd_rn(old.z, sum.z), __fadd_rn(old.w, sum.w)));
+}
+
+// x += Σ parts, which lie as x does, or only one, which is the sum                             grid: [columns / threads, T]
+struct Partials {
+    const float* of[most_ranks];
+    int ranks;
+};
+template <int n>
+__global__ void __launch_bounds__(join_threads) join_partials(Partials parts, float* x, std::size_t stride, int columns) {
+    const int i = static_cast<int>(blockIdx.x) * join_threads + static_cast<int>(threadIdx.x);
+    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
+    if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<n>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
+}
+
+// Whether GPUs reach each other's memory: one stores there, and loads from there.                            One thread per float4
+static __global__ void __launch_bounds__(join_threads) probe_peer(float* to, const float* from, float* copy, unsigned seed) {
+    const unsigned i = blockIdx.x * join_threads + threadIdx.x, first = seed + 4 * i;
+    store_remote16(to + 4 * i, make_float4(static_cast<float>(first), static_cast<float>(first + 1),
+                                           static_cast<float>(first + 2), static_cast<float>(first + 3)));
+    store16(copy + 4 * i, load_remote16(from + 4 * i));
+}
+
+// Calls f(Constant<n>{}) with the n of sum_ranks().
+template <class F>
+void with_ranks(int ranks, const F& f) {
+    if (ranks <= 1) f(Constant<1>{});
+    else if (ranks <= 2) f(Constant<2>{});
+    else if (ranks <= 4) f(Constant<4>{});
+    else if (ranks <= 8) f(Constant<8>{});
+    else f(Constant<16>{});
+}
+
+// ═══ K11  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 // The GPU that a thread uses while this lives; then the caller's again.
 class UseGpu {
@@ -1618,54 +1814,102 @@ private:
 
 using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 
-// A model's tensors on a GPU: the bytes of the file from its first tensor to its last, as they are. Shared by all sessions.
+// A rank's share of a model on a GPU: its panels one after the other, as they are in the file. Shared by all sessions.
 class DeviceWeights {
 public:
-    DeviceWeights(Model model, const Gpu& gpu, const Progress& progress)
-        : model_(std::move(model)), weights_(model_.weights()) {
-        const std::vector<TensorInfo> tensors = model_.tensors();
-        const std::byte* first = weights_.embedding.data;  // the first tensor of every file
-        const std::size_t bytes = bytes_of(model_);
+    DeviceWeights(Model model, Share share, const Gpu& gpu, const Progress& progress)
+        : model_(std::move(model)), share_(std::move(share)) {
+        std::vector<Piece> pieces;
+        const std::size_t bytes = list(share_, pieces);
         memory_ = Memory(Memory::Kind::device, bytes, "weights");
-        upload(first, bytes, progress, gpu);
+        upload(pieces, bytes, progress, gpu);
+        std::size_t next = 0;
         const auto move = [&](auto*& pointer) {
             using T = std::remove_reference_t<decltype(*pointer)>;
-            pointer = reinterpret_cast<T*>(memory_.data() + (reinterpret_cast<const std::byte*>(pointer) - first));
+            pointer = reinterpret_cast<T*>(memory_.data() + pieces[next++].to);
         };
-        for (Layer& l : weights_.layers) {
-            for (Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) move(m->data);
+        const auto move_matrix = [&](Matrix& m) {
+            m.panel_stride = pieces[next].bytes;
+            move(m.data);
+        };
+        Weights& w = share_.weights;
+        const std::byte* const table = w.embedding.data;
+        move_matrix(w.embedding), move(w.final_norm);
+        for (Layer& l : w.layers) {
+            for (Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) move_matrix(*m);
             move(l.attention_norm), move(l.ffn_norm);
         }
-        move(weights_.embedding.data), move(weights_.output.data), move(weights_.final_norm);
+        if (share_.config.tied_embedding) w.output.data = w.embedding.data + (w.output.data - table);  // rows of the table
+        else move_matrix(w.output);
     }
-    static std::size_t bytes_of(const Model& model) {
-        const std::vector<TensorInfo> tensors = model.tensors();
-        return static_cast<std::size_t>(tensors.back().offset + tensors.back().bytes - tensors.front().offset);
+    static std::size_t bytes_of(const Share& share) {
+        std::vector<Piece> pieces;
+        return list(share, pieces);
     }
-    const Weights& weights() const { return weights_; }
+    const Share& share() const { return share_; }
+    const Weights& weights() const { return share_.weights; }
 
 private:
-    // Through two pinned pieces: one is filled, from the file's pages, while the other is on its way.
-    void upload(const std::byte* from, std::size_t bytes, const Progress& progress, const Gpu& gpu) {
-        const std::size_t piece = std::min<std::size_t>(bytes, std::size_t{64} << 20);
-        const Memory pinned[2] = {Memory(Memory::Kind::pinned, piece, "upload"), Memory(Memory::Kind::pinned, piece, "upload")};
+    struct Piece {  // `count` times `bytes`, which lie `stride` apart in the file, to place `to`
+        const void* from;
+        std::size_t bytes, count, stride, to;
+    };
+    // In the order in which the constructor moves them. Returns how many bytes they take.
+    static std::size_t list(const Share& share, std::vector<Piece>& pieces) {
+        Parts parts;
+        const auto add = [&](const void* from, std::size_t bytes, std::size_t count, std::size_t stride) {
+            const std::size_t to = parts.used();
+            parts.take<std::byte>(bytes * count);
+            pieces.push_back({from, bytes, count, stride, to});
+        };
+        const auto add_matrix = [&](const Matrix& m) {
+            add(m.data, static_cast<std::size_t>(m.units()) * unit_bytes(m.format), static_cast<std::size_t>(m.panels()),
+                m.panel_stride);
+        };
+        const std::size_t norm = static_cast<std::size_t>(share.config.dim) * sizeof(float);
+        const Weights& w = share.weights;
+        add_matrix(w.embedding), add(w.final_norm, norm, 1, norm);
+        for (const Layer& l : w.layers) {
+            for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) add_matrix(*m);
+            add(l.attention_norm, norm, 1, norm), add(l.ffn_norm, norm, 1, norm);
+        }
+        if (!share.config.tied_embedding) add_matrix(w.output);
+        return parts.used();
+    }
+    // Through two pinned buffers: one is filled, from the file's pages, while the other is on its way.
+    void upload(const std::vector<Piece>& pieces, std::size_t bytes, const Progress& progress, const Gpu& gpu) {
+        const std::string where = "weights to " + gpu.text();
+        const std::size_t room = std::min<std::size_t>(bytes, std::size_t{64} << 20);
+        const Memory pinned[2] = {Memory(Memory::Kind::pinned, room, "upload"), Memory(Memory::Kind::pinned, room, "upload")};
         const Event sent[2];
         const Stream stream;
-        for (std::size_t done = 0, i = 0; done < bytes; ++i) {
-            const std::size_t n = std::min(piece, bytes - done);
-            if (i >= 2) check(cudaEventSynchronize(sent[i % 2].value), "cudaEventSynchronize", "weights to " + gpu.text());
-            std::memcpy(pinned[i % 2].data(), from + done, n);
-            check(cudaMemcpyAsync(memory_.data() + done, pinned[i % 2].data(), n, cudaMemcpyHostToDevice, stream.value),
-                  "cudaMemcpyAsync", "weights to " + gpu.text());
-            check(cudaEventRecord(sent[i % 2].value, stream.value), "cudaEventRecord", "weights to " + gpu.text());
-            done += n;
-            if (progress) progress(done, bytes);
+        std::size_t first = 0, i = 0;  // the buffer i % 2 is for the bytes from `first` on
+        const auto send = [&](std::size_t end) {
+            copy_async(memory_.data() + first, pinned[i % 2].data(), end - first, cudaMemcpyHostToDevice, stream.value, where);
+            check(cudaEventRecord(sent[i % 2].value, stream.value), "cudaEventRecord", where);
+            first = end;
+            if (++i >= 2) check(cudaEventSynchronize(sent[i % 2].value), "cudaEventSynchronize", where);
+            if (progress) progress(end, bytes);
+        };
+        for (const Piece& piece : pieces) {
+            const bool together = piece.stride == piece.bytes;
+            const std::size_t run = together ? piece.bytes * piece.count : piece.bytes;
+            for (std::size_t c = 0; c < (together ? 1 : piece.count); ++c)
+                for (std::size_t done = 0; done < run;) {
+                    const std::size_t to = piece.to + c * run + done;
+                    if (to >= first + room) send(first + room);
+                    const std::size_t n = std::min(run - done, first + room - to);
+                    std::memcpy(pinned[i % 2].data() + (to - first),
+                                static_cast<const std::byte*>(piece.from) + c * piece.stride + done, n);
+                    done += n;
+                }
         }
-        stream.wait("weights to " + gpu.text());
+        send(bytes);
+        stream.wait(where);
     }
 
-    Model model_;
-    Weights weights_;
+    Model model_;  // keeps the file mapped
+    Share share_;
     Memory memory_;
 };
 
@@ -1673,14 +1917,14 @@ inline CacheShape cache_shape(const Config& c, Format format) { return {format, 
 
 class CudaCache final : public KVCache {
 public:
-    CudaCache(const Config& config, int capacity, Format format)  // no position is read before it was written
-        : capacity_(capacity), memory_(Memory::Kind::device, cache_shape(config, format).bytes(capacity), "key/value cache") {}
+    explicit CudaCache(int capacity) : capacity_(capacity) {}  // no position is read before it was written
+    void add(std::size_t bytes) { parts_.emplace_back(Memory::Kind::device, bytes, "key/value cache"); }
     int capacity() const override { return capacity_; }
-    std::byte* data() const { return memory_.data(); }
+    std::byte* data(std::size_t rank = 0) const { return parts_[rank].data(); }
 
 private:
     int capacity_;
-    Memory memory_;
+    std::vector<Memory> parts_;  // of each rank
 };
 
 // Query heads per block of attend_split, and blocks per key/value head.
@@ -1696,16 +1940,18 @@ struct Buffers {
     static constexpr std::size_t workspace_bytes = std::size_t{32} << 20;  // what NVIDIA recommends for sm_90
     static constexpr std::size_t most_unpacked = std::size_t{1} << 27;     // elements: larger matrices go in pieces of rows
 
-    Tensor x, query, mixed, hidden, logits, up;
-    float *turns, *frequencies;
+    Tensor x, query, mixed, hidden, logits, up, partial;
+    float *turns, *frequencies, *slots;
     RowEntry* rows;
     int* logit_rows;
+    DrawEntry* draw;
     unsigned* tickets;
+    std::size_t slots_bytes = 0;
     std::uint16_t *packed = nullptr, *unpacked = nullptr;
     std::size_t unpacked_elements = 0;
     std::byte* workspace = nullptr;
 
-    Buffers(Parts& parts, const Config& c, int n_rows, bool prompts) {
+    Buffers(Parts& parts, const Config& c, int ranks, int n_rows, bool prompts) {
         const std::size_t n = static_cast<std::size_t>(n_rows), head_dim = static_cast<std::size_t>(c.head_dim);
         const int queries = c.n_heads * c.head_dim, keys = static_cast<int>(round_up(c.n_kv_heads * c.head_dim, 64));
         x = parts.tensor(n_rows, c.dim);
@@ -1716,8 +1962,12 @@ struct Buffers {
         turns = parts.take<float>(n * head_dim);
         frequencies = parts.take<float>(head_dim / 2);
         rows = parts.take<RowEntry>(n);
-        logit_rows = parts.take<int>(n + 1);  // and the token that was drawn
+        logit_rows = parts.take<int>(n);
+        draw = parts.take<DrawEntry>(1);
         tickets = parts.take<unsigned>(static_cast<std::size_t>(matvec_rows * head_groups(c)));
+        partial = parts.tensor(ranks > 1 ? n_rows : 0, c.dim);
+        slots_bytes = ranks > 1 ? static_cast<std::size_t>(3 * ranks * Slots::rows) * partial.stride * sizeof(float) : 0;
+        slots = parts.take<float>(slots_bytes / sizeof(float));
         if (!prompts) return;
         const auto padded = [](int columns) { return static_cast<std::size_t>(round_up(columns, 64)); };
         up = parts.tensor(n_rows, std::max(c.ffn_dim, 2 * keys));  // keys and values before it is needed
@@ -1728,9 +1978,9 @@ struct Buffers {
         unpacked = parts.take<std::uint16_t>(unpacked_elements);
         workspace = parts.take<std::byte>(workspace_bytes);
     }
-    static std::size_t bytes(const Config& c, int n_rows, bool prompts) {
+    static std::size_t bytes(const Config& c, int ranks, int n_rows, bool prompts) {
         Parts count;
-        const Buffers counted(count, c, n_rows, prompts);
+        const Buffers counted(count, c, ranks, n_rows, prompts);
         return count.used();
     }
 };
@@ -1791,7 +2041,8 @@ public:
         layout(plan.x, CUDA_R_16BF, k, n, static_cast<std::size_t>(k));
         layout(plan.out, CUDA_R_32F, rows, n, stride);
 
-        const std::array<long long, 5> shape = {rows, n, k, static_cast<long long>(stride), add};
+        const std::uint32_t alignment = reinterpret_cast<std::uintptr_t>(out) % 256 == 0 ? 256 : 64;  // a rank's columns
+        const std::array<long long, 6> shape = {rows, n, k, static_cast<long long>(stride), add, alignment};
         auto found = algorithms_.find(shape);
         if (found == algorithms_.end()) {
             const std::size_t workspace_bytes = Buffers::workspace_bytes;
@@ -1804,6 +2055,9 @@ public:
             check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
                                                        sizeof schemes),
                   "cublasLtMatmulPreferenceSetAttribute", stage);
+            for (const auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+                check(cublasLtMatmulPreferenceSetAttribute(plan.preference, which, &alignment, sizeof alignment),
+                      "cublasLtMatmulPreferenceSetAttribute", stage);
             cublasLtMatmulHeuristicResult_t result{};
             int count = 0;
             check(cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.out, plan.out, plan.preference,
@@ -1821,130 +2075,56 @@ public:
 private:
     cublasLtHandle_t handle_{};
     std::byte* workspace_;
-    std::map<std::array<long long, 5>, cublasLtMatmulAlgo_t> algorithms_;
+    std::map<std::array<long long, 6>, cublasLtMatmulAlgo_t> algorithms_;
 };
 
-// ═══ K11  The back end ═════════════════════════════════════════════════════════════════════════════════════════════════════════
-//
-// The stages in the order of llama3.hpp, §3. Up to 8 rows each is one launch; what changes from step to step (tokens, positions,
-// caches, which rows want logits) is in tables in device memory, so the graph of a number of rows is captured once and only
-// launched after that.
+// ═══ K12  A rank's stages ══════════════════════════════════════════════════════════════════════════════════════════════════════
 
-class CudaBackend final : public Backend, public Stages {
+// A GPU as one back end uses it: the ranks on it share a stream, in which everything has its order.
+struct Lane {
+    Gpu gpu;
+    Stream stream;
+    Event event;
+    std::array<Graph, matvec_rows> graphs{};
+    explicit Lane(const Gpu& g) : gpu(g) {}
+};
+
+// What is launched for one rank: its share of the weights, its buffers, and the kernels of each stage.
+class CudaRank {
 public:
-    CudaBackend(Gpu gpu, Model model, const Options& options, std::shared_ptr<const DeviceWeights> weights)
-        : gpu_(std::move(gpu)), model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv),
-          prompts_(gpu_.tensor_cores()), max_rows_(rows_of(options)), weights_(std::move(weights)),
-          memory_(Memory::Kind::device, Buffers::bytes(config_, max_rows_, prompts_), "buffers"),
-          buffers_(at(parts_, memory_), config_, max_rows_, prompts_),
-          tables_(Memory::Kind::pinned, static_cast<std::size_t>(max_rows_) * (sizeof(RowEntry) + sizeof(int)), "tables"),
-          host_logits_(Memory::Kind::pinned, sizeof(float) * matvec_rows * buffers_.logits.stride, "logits") {
+    CudaRank(std::shared_ptr<const DeviceWeights> weights, Lane& lane, const Options& options, int max_rows)
+        : lane_(lane), weights_(std::move(weights)), config_(share().config), kv_(options.kv),
+          prompts_(lane.gpu.tensor_cores()), max_rows_(max_rows),
+          memory_(Memory::Kind::device, Buffers::bytes(config_, share().ranks, max_rows_, prompts_), "buffers"),
+          buffers_(at(parts_, memory_), config_, share().ranks, max_rows_, prompts_),
+          tables_(Memory::Kind::pinned, static_cast<std::size_t>(max_rows_) * (sizeof(RowEntry) + sizeof(int)), "tables") {
         if (prompts_) gemm_ = std::make_unique<Gemm>(buffers_.workspace);
         const std::vector<float> frequencies = detail::rope_frequencies(config_);
         check(cudaMemset(memory_.data(), 0, memory_.bytes()), "cudaMemset", "buffers");
+        check(cudaMemset(buffers_.slots, 0xff, buffers_.slots_bytes), "cudaMemset", "buffers");  // all empty
         check(cudaMemcpy(buffers_.frequencies, frequencies.data(), frequencies.size() * sizeof(float), cudaMemcpyHostToDevice),
               "cudaMemcpy", "RoPE frequencies");
         check(cudaDeviceSynchronize(), "cudaDeviceSynchronize",
-              "buffers");  // both were on another stream than the steps will be
-        reserve_splits(context_);
-        const char* graphs = std::getenv("LLAMA3_CUDA_GRAPHS");  // 0: every step is launched stage by stage, for debuggers
-        use_graphs_ = !graphs || std::strcmp(graphs, "0") != 0;
-    }
-    ~CudaBackend() override {
-        const UseGpu use(gpu_.index);
-        for (Graph& graph : graphs_) graph.reset();
+              "buffers");  // all were on another stream than the steps will be
+        reserve_splits(options.context);
     }
 
-    static int rows_of(const Options& options) {
-        return std::max(matvec_rows, std::min({options.chunk, options.context, 16384}));  // a grid's y has 16 bits
-    }
-    static std::size_t bytes(const Config& config, const Options& options, bool prompts) {
-        return Buffers::bytes(config, rows_of(options), prompts) +
-               SplitBuffers::bytes(config, SplitBuffers::splits_of(options.context));
-    }
+    const Share& share() const { return weights_->share(); }
+    const Weights& weights() const { return share().weights; }
+    const Buffers& buffers() const { return buffers_; }
+    Lane& lane() const { return lane_; }
+    cudaStream_t stream() const { return lane_.stream.value; }
+    int n_tokens() const { return n_tokens_; }
+    bool few() const { return n_tokens_ <= matvec_rows || !prompts_; }
 
-    std::unique_ptr<KVCache> make_cache() override {
-        const UseGpu use(gpu_.index);
-        check_free(gpu_, "the key/value cache", cache_shape(config_, kv_).bytes(context_));
-        return std::make_unique<CudaCache>(config_, context_, kv_);
-    }
-    int max_rows() const override { return max_rows_; }
-    std::span<const float> logits(int i) const override {
-        if (logits_.rows > 0) {
-            // Copied when they are asked for: a token that is drawn on the device does not need them.
-            const UseGpu use(gpu_.index);
-            check(cudaMemcpyAsync(host_logits_.data(), logits_.data,
-                                  sizeof(float) * static_cast<std::size_t>(logits_.rows) * logits_.stride,
-                                  cudaMemcpyDeviceToHost, stream_.value),
-                  "cudaMemcpyAsync", "logits");
-            stream_.wait("logits");
-            logits_.rows = 0;
-        }
-        return {host_logits_.as<float>() + static_cast<std::size_t>(i) * buffers_.logits.stride,
-                static_cast<std::size_t>(config_.vocab_size)};
-    }
-    std::string describe() const override {
-        return "CUDA, " + gpu_.text() + ", sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor) + ", " +
-               std::to_string(gpu_.multiprocessors) + " multiprocessors" +
-               (prompts_ ? "" : ", prompts in steps of 8 tokens (no bf16 tensor cores)");
-    }
-
-    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
-        const UseGpu use(gpu_.index);
-        cancel_ = cancel;
-        logits_.rows = 0;
-        stream_.wait("step");  // the tables may still be on their way to the last one
-        const int n = batch.size(), wanted = fill_tables(batch);
-        Tensor logits = buffers_.logits;
-        logits.rows = n <= matvec_rows ? n : wanted;  // a graph has a row for each, whether or not it is wanted
-        if (logits.rows > matvec_rows) logits = reserve_logits(logits.rows);
-        const Activations activations{buffers_.x, buffers_.query, buffers_.mixed, buffers_.hidden, logits};
-        const auto run = [&] { forward(*this, weights_->weights(), activations, batch); };
-        if (n > matvec_rows || !use_graphs_) {
-            run();
-        } else if (Graph& graph = graphs_[static_cast<std::size_t>(n - 1)]; graph.value) {
-            n_tokens_ = n;
-            if (!stopped()) check(cudaGraphLaunch(graph.value, stream_.value), "cudaGraphLaunch", "step");
-        } else {
-            run();  // loads the kernels, which a capture must not do
-            if (!stopped()) capture(graph, run);
-        }
-        // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
-        if (n > matvec_rows || stopped()) stream_.wait("step of " + std::to_string(n) + " tokens");
-        device_logits_ = logits;
-        logits_ = logits, logits_.rows = wanted;
-        return !stopped();
-    }
-    int draw(int i, const Sampling& s, std::uint64_t random) override {
-        const UseGpu use(gpu_.index);
-        int* const token = buffers_.logit_rows + max_rows_;
-        const Draw d{device_logits_.row(i),
-                     config_.vocab_size,
-                     s.temperature,
-                     s.top_p,
-                     s.min_p,
-                     s.top_k,
-                     static_cast<double>(random >> 11) * 0x1p-53,
-                     token};
-        launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream_.value, d);
-        check(cudaMemcpyAsync(drawn_.data(), token, sizeof(int), cudaMemcpyDeviceToHost, stream_.value), "cudaMemcpyAsync",
-              "sampling");
-        stream_.wait("step and sampling");
-        return *drawn_.as<int>();
-    }
-
-    // ── The stages ──
-
-    void embed(Tensor x, const Matrix& table, const Batch& batch) override {
-        n_tokens_ = batch.size();
+    void embed(Tensor x, const Matrix& table) {
         with_format(table.format, [&]<class W>(W) {
-            launch("embed", embed_rows<W>, dim3(static_cast<unsigned>(n_tokens_)), 256, 0, stream_.value, Panels(table),
+            launch("embed", embed_rows<W>, dim3(static_cast<unsigned>(n_tokens_)), 256, 0, stream(), Panels(table),
                    buffers_.rows, x.data, x.stride, x.columns, buffers_.frequencies, buffers_.turns, config_.head_dim);
         });
     }
 
-    void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch&) override {
-        if (stopped()) return;
+    void project_qkv(Tensor query, Tensor x, const Layer& layer) {
         const char* stage = "project_qkv";
         const Input input{x.data, x.stride, x.columns, layer.attention_norm, config_.norm_eps, nullptr};
         const CacheShape cache = cache_shape(config_, kv_);
@@ -1962,13 +2142,12 @@ public:
         multiply_packed(stage, layer.value, value, buffers_.up.stride, n_tokens_, false);
         const unsigned warps = static_cast<unsigned>((layer.query.rows + 2 * layer.key.rows) / 32);
         launch(stage, rotate_rows, dim3(static_cast<unsigned>(n_tokens_), (warps + row_warps - 1) / row_warps), row_threads, 0,
-               stream_.value,
+               stream(),
                Rotate{query.data, key, value, query.stride, buffers_.up.stride, buffers_.rows, buffers_.turns, cache,
                       layer.index, config_.n_heads});
     }
 
-    void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
-        if (stopped()) return;
+    void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) {
         const CacheShape cache = cache_shape(config_, kv_);
         const int shared = config_.n_heads / config_.n_kv_heads;
         for (int first = 0; first < n_tokens_;) {
@@ -1981,7 +2160,7 @@ public:
                 with_cache(kv_, [&]<class C>(C) {
                     with_head_dim(config_.head_dim, [&](auto e) {
                         launch("attend", flash_attention<C, e.value>, grid, flash_threads, flash_shared_bytes<e.value>,
-                               stream_.value, flash);
+                               stream(), flash);
                     });
                 });
                 first += count;
@@ -1997,22 +2176,51 @@ public:
                 with_head_dim(config_.head_dim, [&](auto e) {
                     if (heads_per_block(config_) == 4)
                         launch("attend", attend_split<C, e.value, 4>, grid, attend_threads, attend_shared_bytes<e.value, 4>,
-                               stream_.value, split);
+                               stream(), split);
                     else
                         launch("attend", attend_split<C, e.value, 8>, grid, attend_threads, attend_shared_bytes<e.value, 8>,
-                               stream_.value, split);
+                               stream(), split);
                 });
             });
             first += rows;
         }
     }
 
-    void project_out(Tensor x, Tensor mixed, const Layer& layer) override {
-        add_product("project_out", x, layer.attention_out, mixed);
+    // W times the rows: added to x where there is one rank, else this rank's part of a sum, for the slots in `to` or here.
+    void product(const char* stage, Tensor x, const Matrix& w, Tensor input_rows, const Slots* slots, float* const* to) {
+        const Input input{input_rows.data, input_rows.stride, input_rows.columns, nullptr, 0, nullptr};
+        const int ranks = share().ranks;
+        const Tensor out = ranks == 1 ? x : buffers_.partial;
+        if (!few()) {
+            pack(stage, input, n_tokens_);
+            multiply_packed(stage, w, out.data, out.stride, n_tokens_, ranks == 1);
+        } else if (ranks == 1) {
+            multiply_rows(stage, w.format, input, n_tokens_, AddRows{{Panels(w), x.data, x.stride}});
+        } else {
+            const int panels = ranks % 8 == 0 ? 8 : ranks == 4 ? 4 : ranks == 2 ? 2 : 1;
+            PushRows push{
+                Panels(w), panels, share().rank, slots ? *slots : Slots{nullptr, 0, out.stride, nullptr, 0}, {out.data}};
+            if (slots) std::copy_n(to, ranks, push.to);
+            multiply_rows(stage, w.format, input, n_tokens_, push);
+        }
+    }
+    // x += the parts of all ranks
+    void join(const char* stage, Tensor x, const Slots& slots) {
+        const int quads = (x.columns + 3) / 4;
+        with_ranks(slots.ranks, [&](auto n) {
+            launch(stage, join_slots<n.value>,
+                   dim3(static_cast<unsigned>((n_tokens_ * quads + join_threads - 1) / join_threads)), join_threads, 0,
+                   stream(), slots, x.data, n_tokens_, quads);
+        });
+    }
+    void join(const char* stage, Tensor x, int first, int n, const Partials& parts) {
+        const dim3 grid(static_cast<unsigned>((x.columns + join_threads - 1) / join_threads), static_cast<unsigned>(n));
+        with_ranks(parts.ranks, [&](auto r) {
+            launch(stage, join_partials<r.value>, grid, join_threads, 0, stream(), parts, x.row(first), x.stride, x.columns);
+        });
     }
 
-    void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
-        if (stopped()) return;
+    void gate_up(Tensor hidden, Tensor x, const Layer& layer) {
         const char* stage = "gate_up";
         const Input input{x.data, x.stride, x.columns, layer.ffn_norm, config_.norm_eps, nullptr};
         if (few()) {
@@ -2025,14 +2233,10 @@ public:
         multiply_packed(stage, layer.up, buffers_.up.data, hidden.stride, n_tokens_, false);  // its rows are at least as wide
         const dim3 grid(static_cast<unsigned>((hidden.columns + row_threads - 1) / row_threads),
                         static_cast<unsigned>(n_tokens_));
-        launch(stage, gate_rows, grid, row_threads, 0, stream_.value, hidden.data, buffers_.up.data, hidden.stride,
-               hidden.columns);
+        launch(stage, gate_rows, grid, row_threads, 0, stream(), hidden.data, buffers_.up.data, hidden.stride, hidden.columns);
     }
 
-    void down(Tensor x, Tensor hidden, const Layer& layer) override { add_product("down", x, layer.down, hidden); }
-
-    void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
-        if (stopped() || logits.rows == 0) return;
+    void logits(Tensor logits, Tensor x, const Weights& weights) {
         const char* stage = "logits";
         const Input input{x.data, x.stride, x.columns, weights.final_norm, config_.norm_eps, buffers_.logit_rows};
         if (logits.rows <= matvec_rows || !prompts_) {
@@ -2045,40 +2249,51 @@ public:
     }
 
     // The table of the batch's rows, and of those that want logits, on the way to the device. Returns how many do.
-    int fill_tables(const Batch& batch) {
-        const int n = batch.size();
-        if (n > max_rows_)
-            fail(Code::argument, "CUDA, step: too many rows (found " + std::to_string(n) + ", expected at most " +
-                                     std::to_string(max_rows_) + "). Split the batch.");
+    int fill_tables(const Batch& batch, std::size_t part, unsigned exchanges) {
+        n_tokens_ = batch.size();
+        const std::size_t n = static_cast<std::size_t>(n_tokens_);
         RowEntry* const rows = tables_.as<RowEntry>();
         int* const logit_rows = reinterpret_cast<int*>(rows + max_rows_);
-        int wanted = 0, capacity = 1;
-        for (int t = 0; t < n; ++t) {
-            const Row& row = batch.rows[static_cast<std::size_t>(t)];
+        int wanted = 0;
+        for (std::size_t t = 0; t < n; ++t) {
+            const Row& row = batch.rows[t];
             const auto* cache = static_cast<const CudaCache*>(row.cache);
-            rows[t] = {row.token, row.position, cache->capacity(), 0, cache->data()};
-            if (row.wants_logits) logit_rows[wanted++] = t;
-            capacity = std::max(capacity, cache->capacity());
+            rows[t] = {row.token, row.position, cache->capacity(), exchanges, cache->data(part)};
+            if (row.wants_logits) logit_rows[wanted++] = static_cast<int>(t);
         }
         std::fill(logit_rows + wanted, logit_rows + n, 0);
-        reserve_splits(capacity);
-        check(cudaMemcpyAsync(buffers_.rows, rows, sizeof(RowEntry) * static_cast<std::size_t>(n), cudaMemcpyHostToDevice,
-                              stream_.value),
-              "cudaMemcpyAsync", "table of rows");
-        check(cudaMemcpyAsync(buffers_.logit_rows, logit_rows, sizeof(int) * static_cast<std::size_t>(n),
-                              cudaMemcpyHostToDevice, stream_.value),
-              "cudaMemcpyAsync", "table of rows");
+        copy_async(buffers_.rows, rows, sizeof(RowEntry) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
+        copy_async(buffers_.logit_rows, logit_rows, sizeof(int) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
         return wanted;
     }
 
-    const Buffers& buffers() const { return buffers_; }
-    const Weights& weights() const { return weights_->weights(); }
-    cudaStream_t stream() const { return stream_.value; }
+    // ── Memory that grows ──
+
+    bool reserve_splits(int capacity) {  // whether it has moved
+        const int splits = SplitBuffers::splits_of(capacity);
+        if (splits <= splits_.splits) return false;
+        const std::size_t bytes = SplitBuffers::bytes(config_, splits);
+        splits_ = {}, split_memory_ = {};
+        split_memory_ = Memory(Memory::Kind::device, bytes, "partial attention");
+        Parts parts(split_memory_.data());
+        splits_ = SplitBuffers(parts, config_, splits);
+        return true;
+    }
+    Tensor reserve_logits(int rows) {
+        Tensor logits = buffers_.logits;
+        logits.rows = rows;
+        if (rows <= matvec_rows) return logits;
+        const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(rows) * logits.stride;
+        if (many_logits_.bytes() < bytes) {
+            many_logits_ = {};
+            many_logits_ = Memory(Memory::Kind::device, bytes, "logits of " + std::to_string(rows) + " rows");
+        }
+        logits.data = many_logits_.as<float>();
+        return logits;
+    }
 
 private:
     static Parts& at(Parts& parts, const Memory& memory) { return parts = Parts(memory.data()); }
-    bool stopped() const { return cancel_ && cancel_->load(std::memory_order_relaxed); }
-    bool few() const { return n_tokens_ <= matvec_rows || !prompts_; }
 
     // Rows from `first` on that continue one sequence.
     static int run_length(const Batch& batch, int first) {
@@ -2088,33 +2303,17 @@ private:
         return n;
     }
 
-    void capture(Graph& graph, const std::function<void()>& run) {
-        check(cudaStreamBeginCapture(stream_.value, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", "step");
-        cudaGraph_t captured{};
-        try {
-            run();
-        } catch (...) {
-            cudaStreamEndCapture(stream_.value, &captured);
-            if (captured) cudaGraphDestroy(captured);
-            throw;
-        }
-        check(cudaStreamEndCapture(stream_.value, &captured), "cudaStreamEndCapture", "step");
-        const cudaError_t error = stopped() ? cudaSuccess : cudaGraphInstantiate(&graph.value, captured, 0);
-        cudaGraphDestroy(captured);
-        check(error, "cudaGraphInstantiate", "step");
-    }
-
     // ── Up to 8 rows: matrix x vector ──
 
     // As many rows at a time as have room in shared memory, at most 8.
     template <class Epilogue>
     void multiply_rows(const char* stage, Format format, Input input, int n, const Epilogue& epilogue) {
+        const std::size_t room = lane_.gpu.shared_bytes;
         with_format(format, [&]<class W>(W) {
             for (int first = 0; first < n;) {
                 int columns = matvec_rows;
-                while (columns > 1 &&
-                       (columns / 2 >= n - first ||
-                        matvec_shared_bytes<W, 1>(epilogue.units()) * static_cast<std::size_t>(columns) > gpu_.shared_bytes))
+                while (columns > 1 && (columns / 2 >= n - first ||
+                                       matvec_shared_bytes<W, 1>(epilogue.units()) * static_cast<std::size_t>(columns) > room))
                     columns /= 2;
                 const int count = std::min(columns, n - first);
                 switch (columns) {
@@ -2130,27 +2329,17 @@ private:
     template <class W, int columns, class Epilogue>
     void multiply_columns(const char* stage, const Input& input, const Epilogue& epilogue, int first, int n) {
         const std::size_t shared = matvec_shared_bytes<W, columns>(epilogue.units());
-        const int resident = 2 * shared <= gpu_.shared_bytes ? matvec_blocks_per_sm<W, columns> : 1;
-        const int blocks = std::min(epilogue.items(), gpu_.multiprocessors * resident);
-        launch(stage, matvec<W, columns, Epilogue>, dim3(static_cast<unsigned>(blocks)), matvec_threads, shared, stream_.value,
+        const int resident = 2 * shared <= lane_.gpu.shared_bytes ? matvec_blocks_per_sm<W, columns> : 1;
+        const int blocks = std::min(epilogue.items(), lane_.gpu.multiprocessors * resident);
+        launch(stage, matvec<W, columns, Epilogue>, dim3(static_cast<unsigned>(blocks)), matvec_threads, shared, stream(),
                input, epilogue, first, n);
-    }
-    void add_product(const char* stage, Tensor x, const Matrix& w, Tensor input_rows) {
-        if (stopped()) return;
-        const Input input{input_rows.data, input_rows.stride, input_rows.columns, nullptr, 0, nullptr};
-        if (few()) {
-            multiply_rows(stage, w.format, input, n_tokens_, AddRows{{Panels(w), x.data, x.stride}});
-        } else {
-            pack(stage, input, n_tokens_);
-            multiply_packed(stage, w, x.data, x.stride, n_tokens_, true);
-        }
     }
 
     // ── Prompts: cuBLASLt ──
 
     static int padded(int columns) { return static_cast<int>(round_up(columns, 64)); }
     void pack(const char* stage, const Input& input, int n) {
-        launch(stage, pack_rows, dim3(static_cast<unsigned>(n)), row_threads, row_warps * sizeof(float), stream_.value, input,
+        launch(stage, pack_rows, dim3(static_cast<unsigned>(n)), row_threads, row_warps * sizeof(float), stream(), input,
                buffers_.packed, padded(input.width));
     }
     // out (+)= W times the packed rows
@@ -2161,72 +2350,449 @@ private:
             const int rows = std::min(most, w.rows - first);
             with_format(w.format, [&]<class W>(W) {
                 const long long threads = static_cast<long long>((rows + 15) / 16) * 128 * (columns / 64);
-                launch(stage, unpack_rows<W>, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, stream_.value,
-                       Panels(w), buffers_.unpacked, first, rows, columns);
+                launch(stage, unpack_rows<W>, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, stream(), Panels(w),
+                       buffers_.unpacked, first, rows, columns);
             });
-            gemm_->multiply(stage, out + first, stride, buffers_.unpacked, buffers_.packed, rows, n, columns, add,
-                            stream_.value);
+            gemm_->multiply(stage, out + first, stride, buffers_.unpacked, buffers_.packed, rows, n, columns, add, stream());
         }
     }
 
-    // ── Memory that grows ──
-
-    void reserve_splits(int capacity) {
-        const int splits = SplitBuffers::splits_of(capacity);
-        if (splits <= splits_.splits) return;
-        for (Graph& graph : graphs_) graph.reset();  // they hold the old addresses
-        const std::size_t bytes = SplitBuffers::bytes(config_, splits);
-        splits_ = {}, split_memory_ = {};
-        split_memory_ = Memory(Memory::Kind::device, bytes, "partial attention");
-        Parts parts(split_memory_.data());
-        splits_ = SplitBuffers(parts, config_, splits);
-    }
-    Tensor reserve_logits(int rows) {
-        const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(rows) * buffers_.logits.stride;
-        if (many_logits_.bytes() < bytes) {
-            many_logits_ = {};
-            many_logits_ = Memory(Memory::Kind::device, bytes, "logits of " + std::to_string(rows) + " rows");
-        }
-        if (host_logits_.bytes() < bytes) {
-            Memory larger(Memory::Kind::pinned, bytes, "logits of " + std::to_string(rows) + " rows");
-            host_logits_ = std::move(larger);
-        }
-        return {many_logits_.as<float>(), rows, config_.vocab_size, buffers_.logits.stride};
-    }
-
-    Gpu gpu_;
-    Model model_;
-    Config config_;
-    int context_;
+    Lane& lane_;
+    std::shared_ptr<const DeviceWeights> weights_;
+    const Config& config_;  // of the share
     Format kv_;
     bool prompts_;  // many rows go through cuBLASLt and flash attention
     int max_rows_, n_tokens_ = 0;
-    std::shared_ptr<const DeviceWeights> weights_;
-    Stream stream_;
     Memory memory_;
     Parts parts_;
     Buffers buffers_;
-    Memory tables_;       // pinned: RowEntry [max_rows], int [max_rows]
-    Memory host_logits_;  // pinned: [rows that wanted them, V rounded up]
+    Memory tables_;  // pinned: RowEntry [max_rows], int [max_rows]
     Memory many_logits_, split_memory_;
-    Memory drawn_{Memory::Kind::pinned, sizeof(int), "token"};
-    Tensor device_logits_;   // of the last step
-    mutable Tensor logits_;  // the same while the host has not got them: rows that wanted them; else no rows
     SplitBuffers splits_;
     std::unique_ptr<Gemm> gemm_;
-    std::array<Graph, matvec_rows> graphs_;
-    bool use_graphs_ = true;
+};
+
+// ═══ K13  The back end ═════════════════════════════════════════════════════════════════════════════════════════════════════════
+//
+// The stages in the order of llama3.hpp, §3, for all ranks of this process in lock-step: one thread launches each stage on every
+// rank before the next. forward() passes what belongs to the first of them; the others have their own. Up to 8 rows each stage is
+// one launch; what changes from step to step (tokens, positions, caches, which rows want logits) is in tables in device memory,
+// so the graph of a number of rows is captured once per GPU and only launched after that.
+
+// How the parts of a sum reach the other ranks.
+struct Transport {
+    enum class Kind {
+        none,    // one rank
+        peers,   // GPUs (or one) that reach each other's memory
+        staged,  // Options::communicator, from and to pinned memory of the host
+        nccl,
+    } kind = Kind::none;
+    std::string why;
+};
+
+#ifdef LLAMA3_NCCL
+inline void check(ncclResult_t status, const char* call, const std::string& where) {
+    if (status == ncclSuccess) return;
+    fail(Code::device,
+         "NCCL, " + where + ": " + call + " failed (found " + ncclGetErrorString(status) + ": " + ncclGetLastError(nullptr) +
+             ", expected success). Give each rank a GPU of its own; NCCL_DEBUG=INFO in the environment says more.");
+}
+// Ranks that are processes with a GPU each; their communicator only hands round the name of the meeting.
+class Nccl {
+public:
+    explicit Nccl(Communicator& communicator) {
+        ncclUniqueId id{};
+        std::vector<std::byte> message(sizeof id);
+        ncclResult_t status = ncclSuccess;
+        if (communicator.rank() == 0) status = ncclGetUniqueId(&id);
+        std::memcpy(message.data(), &id, sizeof id);
+        if (status != ncclSuccess) message.resize(1);  // the others do not wait in vain
+        communicator.broadcast(message);
+        if (message.size() != sizeof id) check(status == ncclSuccess ? ncclRemoteError : status, "ncclGetUniqueId", "rank 0");
+        std::memcpy(&id, message.data(), sizeof id);
+        check(ncclCommInitRank(&value_, communicator.ranks(), id, communicator.rank()), "ncclCommInitRank", "start");
+    }
+    ~Nccl() { ncclCommDestroy(value_); }
+    Nccl(const Nccl&) = delete;
+    Nccl& operator=(const Nccl&) = delete;
+    void all_gather(const char* stage, const float* from, float* to, std::size_t n, cudaStream_t stream) const {
+        check(ncclAllGather(from, to, n, ncclFloat, value_, stream), "ncclAllGather", stage);
+    }
+
+private:
+    ncclComm_t value_{};
+};
+#else
+class Nccl {};
+#endif
+
+class CudaBackend final : public Backend, public Stages {
+public:
+    struct Place {  // of a rank
+        Gpu gpu;
+        std::shared_ptr<const DeviceWeights> weights;
+    };
+    CudaBackend(const std::vector<Place>& places, Model model, const Options& options, Transport transport,
+                std::shared_ptr<const Nccl> nccl)
+        : model_(std::move(model)), options_(options), transport_(std::move(transport)), nccl_(std::move(nccl)), prompts_(true),
+          max_rows_(rows_of(options)) {
+        for (const Place& place : places) {
+            const UseGpu use(place.gpu.index);
+            prompts_ = prompts_ && place.gpu.tensor_cores();
+            auto lane =
+                std::find_if(lanes_.begin(), lanes_.end(), [&](const auto& l) { return l->gpu.index == place.gpu.index; });
+            if (lane == lanes_.end()) lane = lanes_.insert(lane, std::make_unique<Lane>(place.gpu));
+            ranks_.push_back(std::make_unique<CudaRank>(place.weights, **lane, options, max_rows_));
+        }
+        const Buffers& b = ranks_[0]->buffers();
+        const std::size_t stride = b.logits.stride;
+        host_logits_ = Memory(Memory::Kind::pinned, sizeof(float) * matvec_rows * stride, "logits");
+        if (transport_.kind == Transport::Kind::staged)
+            staging_ = Memory(Memory::Kind::pinned, (staged_rows * b.x.stride + 1) * sizeof(float), "sums over ranks");
+        const char* graphs = std::getenv("LLAMA3_CUDA_GRAPHS");  // 0: every step is launched stage by stage, for debuggers
+        use_graphs_ = transport_.kind != Transport::Kind::staged && (!graphs || std::strcmp(graphs, "0") != 0);
+    }
+    ~CudaBackend() override {
+        for (const auto& lane : lanes_) {
+            const UseGpu use(lane->gpu.index);
+            cudaStreamSynchronize(lane->stream.value);  // before memory is freed that others store to
+            for (Graph& graph : lane->graphs) graph.reset();
+        }
+    }
+
+    static int rows_of(const Options& options) {
+        return std::max(matvec_rows, std::min({options.chunk, options.context, 16384}));  // a grid's y has 16 bits
+    }
+    static std::size_t bytes(const Config& config, const Options& options, bool prompts) {
+        return Buffers::bytes(config, options.ranks, rows_of(options), prompts) +
+               SplitBuffers::bytes(config, SplitBuffers::splits_of(options.context));
+    }
+
+    std::unique_ptr<KVCache> make_cache() override {
+        std::map<int, std::uint64_t> needed;
+        const auto bytes = [&](const CudaRank& r) {
+            return cache_shape(r.share().config, options_.kv).bytes(options_.context);
+        };
+        each([&](CudaRank& r, bool) { needed[r.lane().gpu.index] += bytes(r); });
+        each([&](CudaRank& r, bool) { check_free(r.lane().gpu, "the key/value cache", needed[r.lane().gpu.index]); });
+        auto cache = std::make_unique<CudaCache>(options_.context);
+        each([&](CudaRank& r, bool) { cache->add(bytes(r)); });
+        return cache;
+    }
+    int max_rows() const override { return max_rows_; }
+    std::span<const float> logits(int i) const override {
+        const Tensor& l = device_logits_;
+        if (on_the_way_ > 0) {
+            // Copied when they are asked for: a token that is drawn on the device does not need them.
+            const UseGpu use(lanes_[0]->gpu.index);
+            const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(on_the_way_) * l.stride;
+            if (host_logits_.bytes() < bytes) host_logits_ = Memory(Memory::Kind::pinned, bytes, "logits on the host");
+            copy_async(host_logits_.data(), l.data, bytes, cudaMemcpyDeviceToHost, ranks_[0]->stream(), "logits");
+            lanes_[0]->stream.wait("logits");
+            on_the_way_ = 0;
+        }
+        return {host_logits_.as<float>() + static_cast<std::size_t>(i) * l.stride, static_cast<std::size_t>(l.columns)};
+    }
+    std::string describe() const override {
+        std::string text = "CUDA";
+        for (const auto& lane : lanes_)
+            text += ", " + lane->gpu.text() + ", sm_" + std::to_string(lane->gpu.major) + std::to_string(lane->gpu.minor) +
+                    ", " + std::to_string(lane->gpu.multiprocessors) + " multiprocessors";
+        if (!prompts_) text += ", prompts in steps of 8 tokens (no bf16 tensor cores)";
+        const Share& share = ranks_[0]->share();
+        if (share.ranks == 1) return text;
+        return text + ", " +
+               (options_.communicator ? "rank " + std::to_string(share.rank) + " of " + std::to_string(share.ranks)
+                                      : std::to_string(share.ranks) + " ranks") +
+               ", sums " + transport_.why;
+    }
+
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        const UseGpu use(lanes_[0]->gpu.index);
+        cancel_ = cancel, stopped_ = false;
+        on_the_way_ = 0;
+        wait_all("step");  // the tables may still be on their way to the last one
+        const int n = batch.size(), wanted = fill_tables(batch);
+        // a graph has a row for each, whether or not it is wanted
+        Tensor logits = ranks_[0]->reserve_logits(n <= matvec_rows ? n : wanted);
+        logits.columns = split_logits() ? ranks_[0]->weights().output.rows : model_.config().vocab_size;
+        if (transport_.kind == Transport::Kind::nccl) agree();
+        const Buffers& b = ranks_[0]->buffers();
+        const Activations activations{b.x, b.query, b.mixed, b.hidden, logits};
+        const auto run = [&] {
+            index_ = 0;
+            forward(*this, weights(), activations, batch);
+        };
+        const std::size_t i = static_cast<std::size_t>(n - 1);
+        if (n <= matvec_rows && use_graphs_ && lanes_[0]->graphs[i].value) {
+            if (!stop()) {
+                for (const auto& lane : lanes_)
+                    on(*lane,
+                       [&] { check(cudaGraphLaunch(lane->graphs[i].value, lane->stream.value), "cudaGraphLaunch", "step"); });
+                exchanges_ = (exchanges_ + graph_exchanges_) % 3;
+            }
+        } else {
+            run();  // loads the kernels, which a capture must not do
+            exchanges_ = (exchanges_ + index_) % 3;
+            if (n <= matvec_rows && use_graphs_ && !stop()) capture(i, run);
+        }
+        if (transport_.kind == Transport::Kind::peers) meet();  // the first has all logits then
+        // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
+        if (n > matvec_rows || stop()) wait_all("step of " + std::to_string(n) + " tokens");
+        device_logits_ = logits, on_the_way_ = wanted;
+        return !stop();
+    }
+    int draw(int i, const Sampling& s, std::uint64_t random) override {
+        if (split_logits()) return -1;
+        const UseGpu use(lanes_[0]->gpu.index);
+        const Buffers& b = ranks_[0]->buffers();
+        const cudaStream_t stream = ranks_[0]->stream();
+        DrawEntry& entry = *drawn_.as<DrawEntry>();
+        entry = {s.temperature, s.top_p, s.min_p, s.top_k, i, -1, static_cast<double>(random >> 11) * 0x1p-53};
+        copy_async(b.draw, &entry, sizeof entry, cudaMemcpyHostToDevice, stream, "sampling");
+        launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream, device_logits_.data,
+               device_logits_.stride, device_logits_.columns, b.draw);
+        copy_async(&entry, b.draw, sizeof entry, cudaMemcpyDeviceToHost, stream, "sampling");
+        lanes_[0]->stream.wait("step and sampling");
+        return entry.token;
+    }
+
+    // ── The stages ──
+
+    void embed(Tensor x, const Matrix& table, const Batch&) override {
+        each([&](CudaRank& r, bool lead) { r.embed(lead ? x : r.buffers().x, lead ? table : r.weights().embedding); });
+    }
+    void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch&) override {
+        if (stop()) return;
+        each([&](CudaRank& r, bool lead) {
+            r.project_qkv(lead ? query : r.buffers().query, lead ? x : r.buffers().x, own(r, layer));
+        });
+    }
+    void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
+        if (stop()) return;
+        each([&](CudaRank& r, bool lead) {
+            r.attend(lead ? mixed : r.buffers().mixed, lead ? query : r.buffers().query, own(r, layer), batch);
+        });
+    }
+    void project_out(Tensor x, Tensor mixed, const Layer& layer) override {
+        add_product("project_out", x, layer, &Layer::attention_out, mixed, &Buffers::mixed);
+    }
+    void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
+        if (stop()) return;
+        each([&](CudaRank& r, bool lead) {
+            r.gate_up(lead ? hidden : r.buffers().hidden, lead ? x : r.buffers().x, own(r, layer));
+        });
+    }
+    void down(Tensor x, Tensor hidden, const Layer& layer) override {
+        add_product("down", x, layer, &Layer::down, hidden, &Buffers::hidden);
+    }
+    // Every rank of this process has some columns of the first one's rows.
+    void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
+        if (stop() || logits.rows == 0) return;
+        each([&](CudaRank& r, bool lead) {
+            const Share& share = r.share();
+            Tensor part = logits;
+            part.data += lead ? 0 : detail::border(model_.config().vocab_size, panel_rows, share.rank, share.ranks);
+            r.logits(part, lead ? x : r.buffers().x, lead ? weights : r.weights());
+        });
+    }
+
+    // The table of the batch's rows, and of those that want logits, on the way to the ranks. Returns how many do.
+    int fill_tables(const Batch& batch) {
+        const int n = batch.size();
+        if (n > max_rows_)
+            fail(Code::argument, "CUDA, step: too many rows (found " + std::to_string(n) + ", expected at most " +
+                                     std::to_string(max_rows_) + "). Split the batch.");
+        int wanted = 0, capacity = 1;
+        for (const Row& row : batch.rows) capacity = std::max(capacity, row.cache->capacity());
+        bool moved = false;
+        std::size_t part = 0;
+        each([&](CudaRank& r, bool) {
+            moved = r.reserve_splits(capacity) || moved;
+            wanted = r.fill_tables(batch, part++, exchanges_);
+        });
+        for (std::size_t i = 0; moved && i < lanes_.size(); ++i)
+            for (Graph& graph : lanes_[i]->graphs) graph.reset();  // they hold the old addresses
+        return wanted;
+    }
+
+    const Weights& weights() const { return ranks_[0]->weights(); }
+    const CudaRank& rank(std::size_t i) const { return *ranks_[i]; }
+
+private:
+    static constexpr int staged_rows = 64;  // that are summed at a time
+
+    template <class F>
+    static void on(const Lane& lane, const F& f) {
+        const UseGpu use(lane.gpu.index);
+        f();
+    }
+    template <class F>
+    void each(const F& f) {
+        for (const auto& rank : ranks_) on(rank->lane(), [&] { f(*rank, rank == ranks_[0]); });
+    }
+    const Layer& own(const CudaRank& r, const Layer& layer) const {
+        return &r == ranks_[0].get() ? layer : r.weights().layers[static_cast<std::size_t>(layer.index)];
+    }
+    bool split_logits() const { return options_.communicator && ranks_[0]->share().ranks > 1; }
+
+    // Whether the step ends early. One thread decides for all its ranks; where others are elsewhere, they agree in the sums.
+    bool stop() {
+        if (!split_logits()) stopped_ = stopped_ || wish();
+        return stopped_;
+    }
+    bool wish() const { return cancel_ && cancel_->load(std::memory_order_relaxed); }
+    void agree() {
+        float wishes = wish();
+        options_.communicator->all_reduce_sum({&wishes, 1});
+        stopped_ = wishes > 0;
+    }
+
+    void wait_all(const std::string& where) const {
+        for (const auto& lane : lanes_) lane->stream.wait(where);
+    }
+    // Every lane waits for what all have been given so far.
+    void meet() {
+        if (lanes_.size() == 1) return;
+        for (const auto& lane : lanes_)
+            on(*lane, [&] { check(cudaEventRecord(lane->event.value, lane->stream.value), "cudaEventRecord", "ranks"); });
+        for (const auto& lane : lanes_)
+            for (const auto& other : lanes_)
+                if (lane != other)
+                    on(*lane, [&] {
+                        check(cudaStreamWaitEvent(lane->stream.value, other->event.value, 0), "cudaStreamWaitEvent", "ranks");
+                    });
+    }
+
+    // x += Σ over ranks of W input
+    void add_product(const char* stage, Tensor x, const Layer& layer, Matrix Layer::*w, Tensor input,
+                     Tensor Buffers::*own_input) {
+        if (stop()) return;
+        const auto slots = [&](CudaRank& r) {
+            return Slots{r.buffers().slots, r.share().ranks, r.buffers().partial.stride, r.buffers().rows, index_};
+        };
+        const auto x_of = [&](CudaRank& r, bool lead) { return lead ? x : r.buffers().x; };
+        const int n = n_tokens();
+        const bool one_shot = transport_.kind == Transport::Kind::peers && n <= matvec_rows;
+        float* to[most_ranks] = {};
+        for (std::size_t i = 0; one_shot && i < ranks_.size(); ++i) to[i] = ranks_[i]->buffers().slots;
+        each([&](CudaRank& r, bool lead) {
+            const Slots own_slots = slots(r);
+            r.product(stage, x_of(r, lead), own(r, layer).*w, lead ? input : r.buffers().*own_input,
+                      one_shot ? &own_slots : nullptr, to);
+        });
+        if (one_shot) {
+            each([&](CudaRank& r, bool lead) { r.join(stage, x_of(r, lead), slots(r)); });
+            ++index_;
+        } else if (transport_.kind == Transport::Kind::peers) {
+            Partials parts{{}, static_cast<int>(ranks_.size())};
+            for (std::size_t i = 0; i < ranks_.size(); ++i) parts.of[i] = ranks_[i]->buffers().partial.data;
+            meet();
+            each([&](CudaRank& r, bool lead) { r.join(stage, x_of(r, lead), 0, n, parts); });
+            meet();  // before the parts are overwritten
+        } else if (transport_.kind == Transport::Kind::staged) {
+            for (int first = 0; first < n && !stopped_; first += staged_rows)
+                sum_on_host(first, std::min(staged_rows, n - first));
+            if (!stopped_) ranks_[0]->join(stage, x, 0, n, {{ranks_[0]->buffers().partial.data}, 1});
+        } else if (transport_.kind == Transport::Kind::nccl) {
+            if (n > matvec_rows) agree();
+            if (!stopped_) gather_parts(stage, x, n);
+        }
+    }
+    int n_tokens() const { return ranks_[0]->n_tokens(); }
+
+    // Rows of this rank's part become those of the sum.
+    void sum_on_host(int first, int n) {
+        const Tensor part = ranks_[0]->buffers().partial;
+        const std::size_t count = static_cast<std::size_t>(n) * part.stride;
+        float* const sum = staging_.as<float>();
+        copy_async(sum, part.row(first), count * sizeof(float), cudaMemcpyDeviceToHost, ranks_[0]->stream(), "sums over ranks");
+        wait_all("sums over ranks");
+        sum[count] = wish();  // travels with the sum
+        options_.communicator->all_reduce_sum({sum, count + 1});
+        stopped_ = sum[count] > 0;
+        copy_async(part.row(first), sum, count * sizeof(float), cudaMemcpyHostToDevice, ranks_[0]->stream(), "sums over ranks");
+    }
+
+    // The ranks' parts of as many rows at a time as the slots, which nothing else is in, have room for.
+    void gather_parts([[maybe_unused]] const char* stage, [[maybe_unused]] Tensor x, [[maybe_unused]] int n) {
+#ifdef LLAMA3_NCCL
+        const Buffers& b = ranks_[0]->buffers();
+        const int ranks = ranks_[0]->share().ranks, room = 3 * Slots::rows;
+        for (int first = 0; first < n; first += room) {
+            const int rows = std::min(room, n - first);
+            const std::size_t count = static_cast<std::size_t>(rows) * b.partial.stride;
+            nccl_->all_gather(stage, b.partial.row(first), b.slots, count, ranks_[0]->stream());
+            Partials parts{{}, ranks};
+            for (int r = 0; r < ranks; ++r) parts.of[r] = b.slots + static_cast<std::size_t>(r) * count;
+            ranks_[0]->join(stage, x, first, rows, parts);
+        }
+#endif
+    }
+
+    // One graph on each GPU, since each has a stream of its own in which nothing waits for another one's work but kernels.
+    void capture(std::size_t i, const std::function<void()>& run) {
+        std::vector<cudaGraph_t> captured(lanes_.size());
+        std::size_t begun = 0;
+        const auto end = [&] {
+            cudaError_t error = cudaSuccess;
+            for (std::size_t l = 0; l < begun; ++l)
+                if (const cudaError_t e = cudaStreamEndCapture(lanes_[l]->stream.value, &captured[l]); e != cudaSuccess)
+                    error = e;
+            return error;
+        };
+        const auto drop = [&] {
+            for (const cudaGraph_t graph : captured)
+                if (graph) cudaGraphDestroy(graph);
+        };
+        try {
+            for (; begun < lanes_.size(); ++begun)
+                check(cudaStreamBeginCapture(lanes_[begun]->stream.value, cudaStreamCaptureModeThreadLocal),
+                      "cudaStreamBeginCapture", "step");
+            run();
+        } catch (...) {
+            end();
+            drop();
+            throw;
+        }
+        cudaError_t error = end();
+        const char* call = "cudaStreamEndCapture";
+        graph_exchanges_ = index_;
+        for (std::size_t l = 0; l < lanes_.size() && error == cudaSuccess && !stop(); ++l) {
+            const UseGpu use(lanes_[l]->gpu.index);
+            call = "cudaGraphInstantiate";
+            error = cudaGraphInstantiate(&lanes_[l]->graphs[i].value, captured[l], 0);
+            if (error == cudaSuccess)  // now, not while kernels of other GPUs wait for it
+                error = cudaGraphUpload(lanes_[l]->graphs[i].value, lanes_[l]->stream.value);
+        }
+        drop();
+        if (error != cudaSuccess || stopped_)
+            for (const auto& lane : lanes_) lane->graphs[i].reset();
+        check(error, call, "step");
+    }
+
+    Model model_;
+    Options options_;
+    Transport transport_;
+    std::shared_ptr<const Nccl> nccl_;
+    bool prompts_, use_graphs_, stopped_ = false;
+    int max_rows_;
+    std::vector<std::unique_ptr<Lane>> lanes_;
+    std::vector<std::unique_ptr<CudaRank>> ranks_;
+    mutable Memory host_logits_;  // pinned: [rows that wanted them, V rounded up]
+    Memory staging_;              // pinned: [staged_rows, D], and the wish to stop
+    Memory drawn_{Memory::Kind::pinned, sizeof(DrawEntry), "token"};
+    Tensor device_logits_;                                      // of the last step
+    mutable int on_the_way_ = 0;                                // rows of them that the host has not got
+    unsigned exchanges_ = 0, index_ = 0, graph_exchanges_ = 0;  // sums through the slots: before this step, in it, in a graph
     const std::atomic<bool>* cancel_ = nullptr;
 };
 
-// ═══ K12  The device ═══════════════════════════════════════════════════════════════════════════════════════════════════════════
+// ═══ K14  The device ═══════════════════════════════════════════════════════════════════════════════════════════════════════════
 
 class CudaDevice final : public Device {
 public:
     CudaDevice(const std::vector<int>& gpus, Progress progress) : progress_(std::move(progress)) {
-        if (gpus.size() != 1)
-            fail(Code::argument, "cuda: this version runs a model on one GPU (found " + std::to_string(gpus.size()) +
-                                     " of them, expected 1). Name one, as in cuda:0.");
         int driver = 0, runtime = 0, count = 0;
         check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion", "driver");
         check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion", "runtime");
@@ -2237,60 +2803,115 @@ public:
                                            : "CUDA, driver: too old (found one for CUDA " + version(driver) + ", expected " +
                                                  version(runtime) + "). " + advice(cudaErrorInsufficientDriver));
         check(cudaGetDeviceCount(&count), "cudaGetDeviceCount", "devices");
-        if (gpus[0] < 0 || gpus[0] >= count)
-            fail(Code::device, "cuda:" + std::to_string(gpus[0]) + ": there is no such GPU (found " + std::to_string(count) +
-                                   " of them, expected more than " + std::to_string(gpus[0]) + "). " +
-                                   advice(cudaErrorInvalidDevice));
-        gpu_.index = gpus[0];
-        cudaDeviceProp properties{};
-        check(cudaGetDeviceProperties(&properties, gpu_.index), "cudaGetDeviceProperties", gpu_.text());
-        gpu_.name = properties.name, gpu_.major = properties.major, gpu_.minor = properties.minor;
-        gpu_.memory_bytes = properties.totalGlobalMem;
-        gpu_.multiprocessors = std::max(1, properties.multiProcessorCount);
-        gpu_.shared_bytes = std::max<std::size_t>(gpu_.shared_bytes, properties.sharedMemPerBlockOptin);
-        if (gpu_.major * 10 + gpu_.minor < 75)
-            fail(Code::device, gpu_.text() + ": too old (found sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor) +
-                                   ", expected sm_75 or later). Use the CPU.");
-        const UseGpu use(gpu_.index);
-        cudaFuncAttributes attributes{};
-        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pack_rows)), "cudaFuncGetAttributes",
-              gpu_.text() + ", sm_" + std::to_string(gpu_.major) + std::to_string(gpu_.minor));
+        if (gpus.empty() || gpus.size() > most_ranks)
+            fail(Code::argument, "cuda: the number of GPUs is out of range (found " + std::to_string(gpus.size()) +
+                                     ", expected 1 to " + std::to_string(most_ranks) + "). Name them, as in cuda:0,1.");
+        for (const int index : gpus) gpus_.push_back(look_at(index, count));
     }
 
-    std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+    std::unique_ptr<Backend> open(const Model& model, const Options& given) override {
         const Config& c = model.config();
-        detail::check_ranks(c, options.ranks, 1);
+        Options options = given;
+        const bool alone = !options.communicator || options.ranks == 1;  // in one process
+        if (alone && options.ranks == 1) options.communicator = nullptr, options.ranks = static_cast<int>(gpus_.size());
         if (c.head_dim != 64 && c.head_dim != 128)
             fail(Code::argument, "CUDA: heads of this width are not supported (found " + std::to_string(c.head_dim) +
                                      ", expected 64 or 128). Use the CPU.");
-        check_widths(model.weights());
-        const UseGpu use(gpu_.index);
+        std::vector<Share> shares;
+        for (int r = 0; r < (alone ? options.ranks : 1); ++r)
+            shares.push_back(share_of(c, model.weights(), alone ? r : options.communicator->rank(), options.ranks));
+#ifdef LLAMA3_NCCL
+        const bool limited = true;
+#else
+        const bool limited = alone;
+#endif
+        if (limited && options.ranks > most_ranks)
+            fail(Code::argument, "Options::ranks: too many for GPUs (found " + std::to_string(options.ranks) +
+                                     ", expected at most " + std::to_string(most_ranks) + "). Use fewer.");
+        // Ranks that do not reach each other's memory become threads that meet on the host.
+        if (alone && options.ranks > 1 && !veto().empty()) return detail::open_in_process(*this, model, options);
         const std::lock_guard lock(mutex_);
-        auto& known = weights_[&model.impl()];
-        std::shared_ptr<const DeviceWeights> weights = known.lock();
-        check_free(gpu_, "the model",
-                   (weights ? 0 : DeviceWeights::bytes_of(model)) + cache_bytes(c, options) + activations_bytes(c, options));
-        if (!weights) known = weights = std::make_shared<const DeviceWeights>(model, gpu_, progress_);
-        return std::make_unique<CudaBackend>(gpu_, model, options, weights);
+        const UseGpu use(gpu_of(shares[0]).index);
+        std::vector<std::shared_ptr<const DeviceWeights>> weights;
+        std::map<int, std::uint64_t> needed;
+        std::uint64_t done = 0, total = 0;  // of the weights that are not there yet
+        for (const Share& share : shares) {
+            check_widths(gpu_of(share), share.weights);
+            const std::uint64_t bytes = DeviceWeights::bytes_of(share);
+            weights.push_back(known(model, share).lock());
+            total += weights.back() ? 0 : bytes;
+            needed[gpu_of(share).index] += (weights.back() ? 0 : bytes) + cache_bytes(share.config, options) +
+                                           CudaBackend::bytes(share.config, options, gpu_of(share).tensor_cores());
+        }
+        for (const Share& share : shares) {
+            const UseGpu own(gpu_of(share).index);
+            check_free(gpu_of(share), "the model", needed[gpu_of(share).index]);
+        }
+        std::vector<CudaBackend::Place> places;
+        for (std::size_t i = 0; i < shares.size(); ++i) {
+            const Gpu& gpu = gpu_of(shares[i]);
+            const UseGpu own(gpu.index);
+            const std::uint64_t bytes = DeviceWeights::bytes_of(shares[i]);
+            if (!weights[i]) {
+                const Progress progress = [&](std::uint64_t n, std::uint64_t) { progress_(done + n, total); };
+                weights[i] = std::make_shared<const DeviceWeights>(model, shares[i], gpu, progress_ ? progress : Progress());
+                known(model, shares[i]) = weights[i], done += bytes;
+            }
+            places.push_back({gpu, weights[i]});
+        }
+        std::shared_ptr<const Nccl> nccl;
+        Transport transport = transport_of(options);
+#ifdef LLAMA3_NCCL
+        if (transport.kind == Transport::Kind::nccl && !(nccl = nccl_.lock()))
+            nccl_ = nccl = std::make_shared<const Nccl>(*options.communicator);
+#endif
+        return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl));
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
         return cache_shape(config, options.kv).bytes(options.context);
     }
     std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
-        return CudaBackend::bytes(config, options, gpu_.tensor_cores());
+        return CudaBackend::bytes(config, options, gpus_[0].tensor_cores());
     }
-    std::uint64_t memory_bytes() const override { return gpu_.memory_bytes; }
-    const Gpu& gpu() const { return gpu_; }
+    std::uint64_t memory_bytes() const override { return gpus_[0].memory_bytes; }
+    const Gpu& gpu() const { return gpus_[0]; }
 
 private:
+    static Gpu look_at(int index, int count) {
+        if (index < 0 || index >= count)
+            fail(Code::device, "cuda:" + std::to_string(index) + ": there is no such GPU (found " + std::to_string(count) +
+                                   " of them, expected more than " + std::to_string(index) + "). " +
+                                   advice(cudaErrorInvalidDevice));
+        Gpu gpu;
+        gpu.index = index;
+        cudaDeviceProp properties{};
+        check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties", gpu.text());
+        gpu.name = properties.name, gpu.major = properties.major, gpu.minor = properties.minor;
+        gpu.memory_bytes = properties.totalGlobalMem;
+        gpu.multiprocessors = std::max(1, properties.multiProcessorCount);
+        gpu.shared_bytes = std::max<std::size_t>(gpu.shared_bytes, properties.sharedMemPerBlockOptin);
+        const std::string version = "sm_" + std::to_string(gpu.major) + std::to_string(gpu.minor);
+        if (gpu.major * 10 + gpu.minor < 75)
+            fail(Code::device, gpu.text() + ": too old (found " + version + ", expected sm_75 or later). Use the CPU.");
+        const UseGpu use(index);
+        cudaFuncAttributes attributes{};
+        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pack_rows)), "cudaFuncGetAttributes",
+              gpu.text() + ", " + version);
+        return gpu;
+    }
+    const Gpu& gpu_of(const Share& share) const { return gpus_[static_cast<std::size_t>(share.rank) % gpus_.size()]; }
+    std::weak_ptr<const DeviceWeights>& known(const Model& model, const Share& share) {
+        return weights_[{&model.impl(), share.rank, share.ranks}];
+    }
+
     // A row of activations must have room in shared memory.
-    void check_widths(const Weights& weights) const {
+    static void check_widths(const Gpu& gpu, const Weights& weights) {
         const auto check_matrix = [&](const char* name, const Matrix& w) {
             with_format(w.format, [&]<class W>(W) {
                 const std::size_t needed = matvec_shared_bytes<W, 1>(w.units());
-                if (needed > gpu_.shared_bytes)
-                    fail(Code::device, gpu_.text() + ": tensor " + name + " is too wide for its shared memory (found " +
-                                           std::to_string(gpu_.shared_bytes) + " bytes, expected " + std::to_string(needed) +
+                if (needed > gpu.shared_bytes)
+                    fail(Code::device, gpu.text() + ": tensor " + name + " is too wide for its shared memory (found " +
+                                           std::to_string(gpu.shared_bytes) + " bytes, expected " + std::to_string(needed) +
                                            "). Convert the model to bf16, q8 or q4, or use another GPU.");
             });
         };
@@ -2301,10 +2922,71 @@ private:
         check_matrix("output", weights.output);
     }
 
-    Gpu gpu_;
+    Transport transport_of(const Options& options) const {
+        using Kind = Transport::Kind;
+        const std::size_t n = std::min(gpus_.size(), static_cast<std::size_t>(options.ranks));
+        if (options.ranks == 1) return {};
+        if (options.communicator && !veto_.empty()) return {Kind::staged, "through the host, because " + veto_};
+        if (options.communicator)
+#ifdef LLAMA3_NCCL
+            return {Kind::nccl, "by NCCL"};
+#else
+            return {Kind::staged, "through the host, because NCCL is not compiled in"};
+#endif
+        return {Kind::peers, n == 1 ? "in the memory of one GPU"
+                                    : "pushed between " + std::to_string(n) + " GPUs that reach each other's memory"};
+    }
+    // Why some two of the GPUs cannot work together, or nothing.
+    std::string veto() {
+        const std::lock_guard lock(mutex_);
+        for (const Gpu& from : gpus_)
+            for (const Gpu& to : gpus_)
+                if (from.index != to.index && veto_.empty()) veto_ = veto_of(from, to);
+        return veto_;
+    }
+    // Why a GPU cannot use the memory of another, or nothing. That the driver allows it is not enough: on some machines what is
+    // stored there gets lost.
+    std::string veto_of(const Gpu& from, const Gpu& to) {
+        if (!tested_.insert({from.index, to.index}).second) return "";
+        const std::string pair = from.text() + " and " + to.text();
+        int can = 0;
+        check(cudaDeviceCanAccessPeer(&can, from.index, to.index), "cudaDeviceCanAccessPeer", pair);
+        if (!can) return from.text() + " cannot reach the memory of " + to.text();
+        const UseGpu use(from.index);
+        const cudaError_t error = cudaDeviceEnablePeerAccess(to.index, 0);
+        if (error == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();
+        else check(error, "cudaDeviceEnablePeerAccess", pair);
+
+        constexpr unsigned blocks = 16, n = blocks * join_threads * 4, seed = 1000000;
+        std::vector<float> sent(n), found(n);
+        for (unsigned i = 0; i < n; ++i) sent[i] = static_cast<float>(i);
+        const Memory copy(Memory::Kind::device, n * sizeof(float), "test of " + pair);
+        const auto there = [&] {
+            const UseGpu other(to.index);
+            return Memory(Memory::Kind::device, 2 * n * sizeof(float), "test of " + pair);
+        }();
+        float* const source = there.as<float>();
+        check(cudaMemcpy(source, sent.data(), n * sizeof(float), cudaMemcpyHostToDevice), "cudaMemcpy", pair);
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", pair);
+        launch("test of peers", probe_peer, blocks, join_threads, 0, cudaStream_t{}, source + n, source, copy.as<float>(),
+               seed);
+        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", pair);
+        check(cudaMemcpy(found.data(), copy.data(), n * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy", pair);
+        if (found != sent) return from.text() + " loads something else from " + to.text() + " than is there";
+        for (float& x : sent) x += seed;
+        check(cudaMemcpy(found.data(), source + n, n * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy", pair);
+        return found == sent ? "" : "what " + from.text() + " stores in " + to.text() + " does not arrive";
+    }
+
+    std::vector<Gpu> gpus_;  // rank r is on number r % size
     Progress progress_;
     std::mutex mutex_;
-    std::map<const Model::Impl*, std::weak_ptr<const DeviceWeights>> weights_;  // shared by the sessions of a model
+    std::map<std::tuple<const Model::Impl*, int, int>, std::weak_ptr<const DeviceWeights>> weights_;  // for all sessions
+    std::set<std::pair<int, int>> tested_;                                                            // pairs of GPUs
+    std::string veto_;
+#ifdef LLAMA3_NCCL
+    std::weak_ptr<const Nccl> nccl_;
+#endif
 };
 
 }  // namespace gpu

@@ -1,7 +1,7 @@
 // llama3.hpp: Llama 3, 3.1, 3.2 and 3.3 text models in one C++20 header. MIT licence, at the end of the file.
 //
 // What it is: the tokenizer, the grouped-query transformer and the sampler of Llama 3, with vector kernels for AMX, AVX-512,
-// AVX-VNNI, AVX2 and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
+// AVX-VNNI, AVX2, NEON and plain C++, chosen at run time. It needs a C++20 compiler (g++ 11, clang 14 or later) and nothing else;
 // with -fopenmp it runs on OpenMP, without on a small team of std::threads. Models are .l3 files made by convert/convert.py.
 //
 // A whole program:
@@ -100,6 +100,7 @@ struct Weights;
 class Device;
 class Backend;
 class KVCache;
+class Communicator;
 class Sampler;
 struct Generated;
 struct GenerateOptions;
@@ -175,11 +176,14 @@ private:
 };
 
 struct Options;
-struct MemoryPlan {
+struct MemoryPlan {                       // of one rank, the one that needs most
     std::uint64_t weights_bytes = 0;      // in the file, mapped
     std::uint64_t cache_bytes = 0;        // key/value cache of one session
     std::uint64_t activations_bytes = 0;  // buffers of one session
 };
+// The plan of a model of this shape and number format, before there is one. Throws Error(argument) as Model::plan() does, for
+// numbers of ranks that cannot share the model too.
+MemoryPlan plan_memory(const Config& config, Format format, const Options& options);
 
 // A tensor of a model file, in the file's order. Dimensions 1: plain f32 values [columns]; 2: a matrix in panels (§2).
 struct TensorInfo {
@@ -232,20 +236,31 @@ std::shared_ptr<Device> cpu();  // this machine's processor
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
                              const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
 
+// The processes that `mpirun -n R program` started, as ranks (§13); defined where LLAMA3_MPI is, together with the
+// implementation. Starts MPI if the program has not; the last owner ends it, and on rank 0 sends the others home from follow().
+// A rank that does not hear from the others for timeout_seconds throws Error(device).
+std::shared_ptr<Communicator> mpi(double timeout_seconds = 120);
+
 struct Options {
     std::shared_ptr<Device> device{};  // nullptr: cpu()
     int context = 0;                   // positions in the cache; 0: the model's, at most 8192
     Format kv = Format::bf16;          // format of the cache: f32, bf16 or q8
-    int threads = 0;                   // CPU threads; 0: as many as the machine gives this process
-    int ranks = 1;                     // devices that share each matrix (§13)
-    int chunk = 512;                   // tokens per step of a long prompt; a GPU is faster with 2048
-    std::string isa{};                 // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
+    int threads = 0;                   // CPU threads of each rank; 0: what the machine gives this process, shared by its ranks
+    int ranks = 1;                     // that share each matrix (§13): threads of this process, or GPUs that it drives
+    std::shared_ptr<Communicator> communicator{};  // instead: this process is one rank of several; not nullptr on all of them
+    int chunk = 512;                               // tokens per step of a long prompt; a GPU is faster with 2048
+    std::string isa{};  // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
-// Seconds spent in each stage (§3), indexed by Stage.
-enum class Stage { embed, project_qkv, attend, project_out, gate_up, down, logits };
-constexpr const char* stage_names[] = {"embed", "project_qkv", "attend", "project_out", "gate_up", "down", "logits"};
-using StageTimes = std::array<double, 7>;
+// What a process does that is not rank 0 of Options::communicator: its share of every step of the sessions that rank 0 has.
+// Returns when rank 0 lets go of its communicator. Device, threads and isa are this rank's own, the rest is as rank 0 has it.
+void follow(const Model& model, const Options& options);
+
+// Seconds spent in each stage (§3), indexed by Stage; communicate: in the sums over ranks, waiting for the others included.
+enum class Stage { embed, project_qkv, attend, project_out, gate_up, down, logits, communicate };
+constexpr const char* stage_names[] = {"embed",   "project_qkv", "attend", "project_out",
+                                       "gate_up", "down",        "logits", "communicate"};
+using StageTimes = std::array<double, 8>;
 
 // One sequence of tokens. Results never depend on threads, chunks, or which sessions are fed together. A callback may read and
 // cancel its session, but not replace or destroy it.
@@ -484,6 +499,17 @@ struct Weights {
     Matrix output;                      // [V, D]; the embedding again if tied
 };
 
+// What one rank of several owns of a model, as views: H/R query heads, K/R key/value heads (or one, which it has in common with
+// others, where R > K), about F/R channels and V/R logits. Norms and the embedding table are whole.
+struct Share {
+    Config config;    // with the rank's n_heads, n_kv_heads, ffn_dim and segments
+    Weights weights;  // weights.output has the rank's rows only
+    int rank = 0, ranks = 1;
+};
+// Throws Error(argument) with the numbers of ranks that can share the model (§13).
+Share share_of(const Config& config, const Weights& weights, int rank, int ranks);
+std::uint64_t bytes_of(const Share& share);  // of its weights
+
 // Keys and values of one sequence, in the memory of the back end that made it. Positions 0 to capacity() - 1; which of them
 // hold tokens is the Session's affair. The rows of a batch that share a cache must have increasing positions.
 class KVCache {
@@ -555,7 +581,8 @@ public:
     virtual std::unique_ptr<KVCache> make_cache() = 0;
     virtual int max_rows() const = 0;  // the largest batch that step() takes
     // Runs forward() over the batch. Afterwards logits(i) is the row of the i-th token that wanted logits, in host memory,
-    // until the next step. Returns false if *cancel became true meanwhile (the caches' new positions are then undefined).
+    // until the next step; of one rank of several, its part of the row. Returns false if *cancel became true meanwhile (the
+    // caches' new positions are then undefined).
     virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
     virtual std::span<const float> logits(int i) const = 0;
     virtual StageTimes stage_times() const { return {}; }  // zeros where it is not measured
@@ -577,18 +604,26 @@ public:
 // The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
 std::shared_ptr<Device> reference();
 
-// How ranks meet (§13; this version runs one rank): in the sum at the end of project_out and of down, and when logits are gathered.
+// How ranks meet (§13): in the sum at the end of project_out and of down, and when logits are gathered. Every rank makes the same
+// calls in the same order, from one thread at a time. What fails throws Error(device) on every rank that waits.
 class Communicator {
 public:
     virtual ~Communicator() = default;
     virtual int rank() const = 0;
     virtual int ranks() const = 0;
-    // values[i] = the sum over the ranks in a fixed binary tree: the same bits for every number of ranks up to the segments
+    // values[i] = the sum over the ranks by join_ranks(), on every rank
     virtual void all_reduce_sum(std::span<float> values) = 0;
-    // every rank's part, in order of rank, into whole
+    // Every rank's part, in order of rank, into `whole` of rank 0; the parts may differ in length.
     virtual void gather(std::span<const float> part, std::span<float> whole) = 0;
+    virtual void broadcast(std::vector<std::byte>& message) = 0;  // from rank 0, of any length; may be waited for without end
     virtual void barrier() = 0;
+    virtual void abort() noexcept = 0;  // this rank gives up, so the others must not wait for it: with MPI all processes end
+    virtual std::string describe() const = 0;  // the transport
 };
+
+// out[i] = the sum of parts[rank][i] by a binary tree over the ranks: (0 + 1) + (2 + 3), ... The same bits for every number of
+// ranks up to the segments of attention_out and down, whose tree it continues. out may be one of the parts.
+void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 
 }  // namespace llama3
 
@@ -624,12 +659,16 @@ public:
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <new>
 #include <system_error>
 #include <thread>
 #include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef LLAMA3_MPI
+#include <mpi.h>
 #endif
 #if defined(_WIN32)
 #ifndef WIN32_LEAN_AND_MEAN
@@ -650,6 +689,11 @@ public:
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 // The order of arithmetic is part of the specification (bits are equal across compilers and flags), so a compiler must not fuse
@@ -670,6 +714,22 @@ namespace detail {
 [[noreturn]] inline void fail(Code code, const std::string& where, const std::string& what, const std::string& found,
                               const std::string& expected, const std::string& to_do) {
     throw Error(code, where + ": " + what + " (found " + found + ", expected " + expected + "). " + to_do + ".");
+}
+
+// Text of its parts, numbers among them.
+template <class... Parts>
+std::string to_text(const Parts&... parts) {
+    std::string text;
+    const auto add = [&](const auto& part) {
+        if constexpr (std::is_floating_point_v<std::decay_t<decltype(part)>>) {
+            char digits[32];
+            std::snprintf(digits, sizeof digits, "%.7g", static_cast<double>(part));
+            text += digits;
+        } else if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
+        else text += part;
+    };
+    (add(parts), ...);
+    return text;
 }
 
 // fma(a, b, c) = a b + c, rounded once. Where the processor may lack the instruction it is made of exact steps in double: the
@@ -836,7 +896,8 @@ struct CpuFeatures {
     bool avx512_vnni = false;  // together with avx512
     bool avx512_bf16 = false;  // likewise
     bool intel = false;
-    bool amx = false;  // int8 and bf16, with tile registers from the system
+    bool amx = false;      // int8 and bf16, with tile registers from the system
+    bool dotprod = false;  // aarch64: dot products of bytes
 };
 CpuFeatures cpu_features();
 int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
@@ -898,7 +959,6 @@ float quantise_group(const float* x, std::int8_t* bytes);  // 32 activations -> 
 int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes,
               float& w_scale);                                                 // q8, q4: one exact product of 32
 void round_trip_channels(Format format, float* to, const float* from, int n);  // what a cache gives back of up to 32 channels
-void check_ranks(const Config& config, int ranks, int available);              // §13
 
 // out = x / sqrt(mean(x²) + ε) ⊙ weight       [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
 void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
@@ -1180,7 +1240,9 @@ private:
 class ReferenceDevice final : public Device {
 public:
     std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
-        check_ranks(model.config(), options.ranks, 1);
+        if (options.ranks != 1)
+            fail(Code::argument, "Options::ranks", "the plain loops do not split a model", std::to_string(options.ranks), "1",
+                 "Use cpu() or cuda()");
         return std::make_unique<ReferenceBackend>(model, options);
     }
     std::uint64_t cache_bytes(const Config& c, const Options& options) const override {
@@ -1674,6 +1736,8 @@ void check_range(const char* name, T value, bool good, const std::string& expect
     if (!good) fail(Code::argument, name, "the value is out of range", std::to_string(value), expected, "Choose another value");
 }
 
+std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const Options& options);  // §13
+
 Options checked_options(const Config& config, Options options) {
     const int most = config.context_length;
     check_range("Options::context", options.context, options.context >= 0 && options.context <= most,
@@ -1683,6 +1747,12 @@ Options checked_options(const Config& config, Options options) {
              "Choose one of these");
     check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
     check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
+    if (options.communicator) {
+        const int ranks = options.communicator->ranks();
+        check_range("Options::ranks", options.ranks, options.ranks == 1 || options.ranks == ranks,
+                    "1 or " + std::to_string(ranks) + ", those of Options::communicator");
+        options.ranks = ranks;
+    }
     check_range("Options::chunk", options.chunk, options.chunk >= 1 && options.chunk <= 65536, "1 to 65536");
     if (options.context == 0) options.context = std::min<int>(most, 8192);
     return options;
@@ -1797,7 +1867,7 @@ Session::Session(Model model, const Options& options)
     : impl_(new Impl{std::move(model), options, options.device ? options.device : cpu()}) {
     Impl& session = *impl_;
     session.options = detail::checked_options(session.model.config(), options);
-    session.backend = session.device->open(session.model, session.options);
+    session.backend = detail::open_backend(*session.device, session.model, session.options);
     session.cache = session.backend->make_cache();
     session.tokens.reserve(static_cast<std::size_t>(session.options.context));
     session.logits.resize(static_cast<std::size_t>(session.model.config().vocab_size));
@@ -1835,7 +1905,8 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
         impls.push_back(&session);
         const Options &a = session.options, &b = impls[0]->options;
         const bool same_model = &session.model.impl() == &impls[0]->model.impl();
-        const bool same_team = a.device == b.device && a.threads == b.threads && a.ranks == b.ranks && a.isa == b.isa;
+        const bool same_team = a.device == b.device && a.threads == b.threads && a.ranks == b.ranks && a.isa == b.isa &&
+                               a.communicator == b.communicator;
         if (!same_model || !same_team || a.kv != b.kv)
             refuse("sessions differ", "another model, device, kv, threads, ranks or isa at " + std::to_string(i),
                    "those of the first");
@@ -1962,6 +2033,39 @@ Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), state_(samplin
     check("Sampling::repeat_last", s.repeat_last, s.repeat_last >= 0, "0 or more");
 }
 
+namespace detail {
+
+// Draws from a row of logits, after the penalty; `random` is a number of the generator.
+int draw_token(std::span<const float> logits, const Sampling& s, std::uint64_t random, std::vector<Candidate>& candidates) {
+    const float best = largest(logits, "Sampler::sample");
+    if (s.temperature == 0) return static_cast<int>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+
+    candidates.clear();
+    candidates.reserve(logits.size());
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+        const float p = relative_probability(logits[i], best, s.temperature);
+        if (p > 0) candidates.emplace_back(p, static_cast<int>(i));
+    }
+    if (s.top_k > 0) keep_best(candidates, s.top_k - 1, [](float) { return 1.0; });
+    if (s.top_p < 1) {
+        float lanes[16] = {};
+        for (const auto& [p, id] : candidates) lanes[id % 16] += p;
+        const double limit = static_cast<double>(s.top_p) * static_cast<double>(sum_lanes(lanes));
+        keep_best(candidates, limit, [](float p) { return static_cast<double>(p); });
+    }
+    if (s.min_p > 0) std::erase_if(candidates, [&](const auto& c) { return c.first < s.min_p; });
+
+    // Candidates are in order of their ids; the one is drawn in whose share of the sum a random point lies.
+    double sum = 0, passed = 0;
+    for (const auto& [p, id] : candidates) sum += static_cast<double>(p);
+    const double point = static_cast<double>(random >> 11) * 0x1p-53 * sum;
+    for (const auto& [p, id] : candidates)
+        if ((passed += static_cast<double>(p)) > point) return id;
+    return candidates.back().second;  // the product was rounded up to the sum
+}
+
+}  // namespace detail
+
 int Sampler::sample(std::span<const float> logits, std::span<const int> history) {
     const detail::FloatEnvironment environment;
     const Sampling& s = sampling_;
@@ -1976,31 +2080,11 @@ int Sampler::sample(std::span<const float> logits, std::span<const int> history)
         }
         logits = penalised_;
     }
-    const float best = detail::largest(logits, "Sampler::sample");
-    if (s.temperature == 0) return static_cast<int>(std::find(logits.begin(), logits.end(), best) - logits.begin());
-
-    candidates_.clear();
-    candidates_.reserve(logits.size());
-    for (std::size_t i = 0; i < logits.size(); ++i) {
-        const float p = detail::relative_probability(logits[i], best, s.temperature);
-        if (p > 0) candidates_.emplace_back(p, static_cast<int>(i));
-    }
-    if (s.top_k > 0) detail::keep_best(candidates_, s.top_k - 1, [](float) { return 1.0; });
-    if (s.top_p < 1) {
-        float lanes[16] = {};
-        for (const auto& [p, id] : candidates_) lanes[id % 16] += p;
-        const double limit = static_cast<double>(s.top_p) * static_cast<double>(detail::sum_lanes(lanes));
-        detail::keep_best(candidates_, limit, [](float p) { return static_cast<double>(p); });
-    }
-    if (s.min_p > 0) std::erase_if(candidates_, [&](const auto& c) { return c.first < s.min_p; });
-
-    // Candidates are in order of their ids; the one is drawn in whose share of the sum a random point lies.
-    double sum = 0, passed = 0;
-    for (const auto& [p, id] : candidates_) sum += static_cast<double>(p);
-    const double point = static_cast<double>(detail::next_random(state_) >> 11) * 0x1p-53 * sum;
-    for (const auto& [p, id] : candidates_)
-        if ((passed += static_cast<double>(p)) > point) return id;
-    return candidates_.back().second;  // the product was rounded up to the sum
+    std::uint64_t state = state_;
+    const std::uint64_t random = s.temperature == 0 ? 0 : detail::next_random(state);
+    const int token = detail::draw_token(logits, s, random, candidates_);
+    state_ = state;
+    return token;
 }
 
 int Sampler::sample(Session& session) {
@@ -2549,8 +2633,8 @@ struct Product {
     std::byte* room;  // of unpacked_bytes()
 };
 
-// Keys and values of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane is a position; values by
-// position.
+// Keys and values of one segment of positions, of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane
+// is a position; values by position.
 struct CacheView {
     Format format;
     std::byte* keys;              // [P/16][E][16]
@@ -2560,14 +2644,23 @@ struct CacheView {
     int head_dim;
 };
 
-// out[g] = softmax(query[g] · keysᵀ / √E) values over positions 0 to n - 1, for the G query heads that share a key/value head.
+// out[t, g] = softmax(query[t, g] · keysᵀ / √E) values over positions 0 to that of row t, for consecutive rows of one sequence
+// and the G query heads that share a key/value head: each key and value that is read serves all of them.
 struct Attention {
-    CacheView cache;
-    const float* query;  // [G, E]
-    float* out;          // [G, E]
-    float* scratch;      // [4, 512] scores, then [4, E rounded up to 16] for a segment's mix and as much for the joined one
-    int n_queries;       // G
-    int n;
+    CacheView cache;     // of the segment that is asked for
+    const Row* rows;     // [n_rows]
+    const float* query;  // [n_rows, stride], of which G E are used
+    float* out;          // likewise
+    std::size_t stride;
+    int n_rows;
+    int n_queries;   // G
+    float* scratch;  // of attention_floats()
+    int queries() const { return n_rows * n_queries; }
+    int segments() const { return rows[n_rows - 1].position / attention_segment + 1; }
+    // Positions of a segment that query head q of all rows sees.
+    int seen(int q, int segment) const {
+        return std::clamp(rows[q / n_queries].position + 1 - segment * attention_segment, 0, attention_segment);
+    }
 };
 
 struct Kernels {
@@ -2585,7 +2678,10 @@ struct Kernels {
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
     void (*multiply)(const Product& product);
     void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
-    void (*attend)(const Attention& attention);
+    // mix: [queries, attention_width] sums of one segment, not yet divided; [queries] largest scores; [queries] totals
+    void (*attend)(const Attention& attention, int segment, float* mix);
+    // joined: the first segment's mix, to which this one's is added (segment 0: nothing is); out, where it is the last
+    void (*join)(const Attention& attention, int segment, float* joined, const float* mix);
 };
 
 // Bytes of one packed token: floats, or per block of 32 columns 32 bytes, a float and an int32.
@@ -2605,6 +2701,18 @@ inline std::size_t unpacked_bytes(int panels, int columns) {
 // Head width as it is stored for values, and groups of channels that share a scale.
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
 inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / block_columns; }
+
+// Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
+// rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
+constexpr int attention_chunk = 64, attention_queries = 64, score_stride = attention_segment + 16;
+inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 32)); }
+inline std::size_t mix_floats(int queries, int head_dim) {
+    return static_cast<std::size_t>(round_up(queries * (attention_width(head_dim) + 2), 16));
+}
+inline std::size_t attention_floats(int queries, int head_dim) {
+    const int rows = 1 + (head_dim + attention_segment - 1) / attention_segment;  // scores, and a query in parts
+    return static_cast<std::size_t>(queries * rows * score_stride + attention_chunk * attention_width(head_dim));
+}
 
 }  // namespace detail
 }  // namespace llama3
@@ -2698,6 +2806,41 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #undef LLAMA3_AMX
 LLAMA3_TARGET_END
 #endif
+
+#elif defined(__aarch64__)
+
+#if !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("no-schedule-insns")  // which would load more values ahead than there are registers
+#endif
+
+// Every aarch64: Cortex-A53, A72
+#define LLAMA3_NEON 1
+#define LLAMA3_KERNELS neon
+#define LLAMA3_WIDTH 4
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+
+// Cortex-A55 and A75 (2017), Neoverse, Apple's since A13 and M1, and later
+#if defined(__clang__)
+LLAMA3_TARGET_BEGIN("dotprod")
+#elif defined(__ARM_FEATURE_DOTPROD) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+LLAMA3_TARGET_BEGIN("+dotprod")
+#else  // with less the assembler asks for ARMv8.2; crypto, since the intrinsics may have been compiled with it
+LLAMA3_TARGET_BEGIN("arch=armv8.2-a+crypto+dotprod")
+#endif
+#define LLAMA3_KERNELS neon_dotprod
+#define LLAMA3_DOTPROD 1
+#include "llama3.hpp"
+#undef LLAMA3_KERNELS
+#undef LLAMA3_WIDTH
+#undef LLAMA3_NEON
+#undef LLAMA3_DOTPROD
+LLAMA3_TARGET_END
+
+#if !defined(__clang__)
+#pragma GCC pop_options
+#endif
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -2714,7 +2857,8 @@ namespace LLAMA3_KERNELS {
 //
 // F: `lanes` floats, with the operators + - * / of the compiler's vector types. I: as many int32, or four times as many bytes.
 // A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored)
-// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact.
+// or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact. Where both
+// sides are signed, nothing is added to q8.
 
 #if LLAMA3_WIDTH == 16
 
@@ -2849,12 +2993,13 @@ LLAMA3_INLINE I add_pairs(I sum16, I nibbles, I x) { return _mm256_add_epi16(sum
 LLAMA3_INLINE I finish_pairs(I sum16) { return _mm256_madd_epi16(sum16, _mm256_set1_epi16(1)); }
 #endif
 
-#else  // vectors of 4, in the compiler's own notation
+#else  // vectors of 4, in the compiler's own notation, and what NEON has instructions for
 
 typedef float F __attribute__((vector_size(16)));
 typedef std::int32_t I __attribute__((vector_size(16)));
 typedef std::uint32_t U __attribute__((vector_size(16)));
-constexpr int lanes = 4, tile_tokens = 2, few_tokens = 2, tile_panels = 1, signed_bias = 0;
+typedef std::uint8_t B __attribute__((vector_size(16)));
+constexpr int lanes = 4, tile_panels = 1, signed_bias = 0;
 LLAMA3_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, 16);
@@ -2862,29 +3007,11 @@ LLAMA3_INLINE F load(const float* p) {
 }
 LLAMA3_INLINE void store(float* p, F x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE F splat(float x) { return F{x, x, x, x}; }
-__attribute__((noinline)) static F fma(F a, F b, F c) {
-    F y;
-    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
-    return y;
-}
 LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
     const I less = a < b;
     return (F)(((I)yes & less) | ((I)no & ~less));
 }
 LLAMA3_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
-LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
-    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
-}
-LLAMA3_INLINE F load_bf16(const std::byte* p) {
-    std::uint16_t x[4];
-    std::memcpy(x, p, 8);
-    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
-}
-LLAMA3_INLINE F load_bytes(const std::byte* p) {
-    std::int8_t x[4];
-    std::memcpy(x, p, 4);
-    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
-}
 LLAMA3_INLINE I load_bits(const std::byte* p) {
     I x;
     std::memcpy(&x, p, 16);
@@ -2893,12 +3020,6 @@ LLAMA3_INLINE I load_bits(const std::byte* p) {
 LLAMA3_INLINE void store_bits(std::byte* p, I x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
 LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
-LLAMA3_INLINE I to_int(F x) {
-    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
-    for (int i = 0; i < 4; ++i)
-        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
-    return y;
-}
 LLAMA3_INLINE I and_bits(I a, I b) { return a & b; }
 LLAMA3_INLINE I add_int(I a, I b) { return (I)((U)a + (U)b); }
 LLAMA3_INLINE I sub_int(I a, I b) { return (I)((U)a - (U)b); }
@@ -2917,40 +3038,94 @@ LLAMA3_INLINE I shift_right(I x) {
 LLAMA3_INLINE F as_float(I x) { return (F)x; }
 LLAMA3_INLINE I as_int(F x) { return (I)x; }
 LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
+LLAMA3_INLINE I high_nibbles(I x) { return (I)((B)x >> 4); }
+LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
+LLAMA3_INLINE I flip_signs(I x) { return x; }  // both sides of dot_bytes are signed here
+#ifdef LLAMA3_NEON
+constexpr int tile_tokens = 4, few_tokens = 4;
+LLAMA3_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+LLAMA3_INLINE F load_bf16(const std::byte* p) { return (F)((U)vmovl_u16(vcreate_u16(load_as<std::uint64_t>(p))) << 16); }
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    return to_float(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_as<std::uint32_t>(p))))));
+}
+LLAMA3_INLINE I to_int(F x) { return vcvtq_s32_f32(x); }  // lanes out of range differ from the other sets': exp() drops them
+LLAMA3_INLINE int sum_of(I x) { return vaddvq_s32(x); }
+LLAMA3_INLINE int max_of(I x) { return vmaxvq_s32(x); }
+LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
+    const int16x4_t words = vmovn_s32(x);
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+    std::memcpy(p, &bytes, 4);
+}
+#ifdef LLAMA3_DOTPROD
+// vdotq_lane_s32, which clang 14 hides unless the whole file is compiled for it; x has the same bytes in every lane.
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
+    asm("sdot %0.4s, %1.16b, %2.4b[0]" : "+w"(sum) : "w"(w), "w"(std::bit_cast<float>(x[0])));
+    return sum;
+}
+#else
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2 * 128 * 127, and fits in 16 bits
+    const int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
+    return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+}
+#endif
+#else
+constexpr int tile_tokens = 2, few_tokens = 2;
+__attribute__((noinline)) static F fma(F a, F b, F c) {
+    F y;
+    for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
+    return y;
+}
+LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
+    return F{from_fp16(p[0]), from_fp16(p[1]), from_fp16(p[2]), from_fp16(p[3])};
+}
+LLAMA3_INLINE F load_bf16(const std::byte* p) {
+    std::uint16_t x[4];
+    std::memcpy(x, p, 8);
+    return F{from_bf16(x[0]), from_bf16(x[1]), from_bf16(x[2]), from_bf16(x[3])};
+}
+LLAMA3_INLINE F load_bytes(const std::byte* p) {
+    std::int8_t x[4];
+    std::memcpy(x, p, 4);
+    return F{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
+}
+LLAMA3_INLINE I to_int(F x) {
+    I y;  // a plain conversion has no meaning for lanes out of range; the processor's instruction gives this value
+    for (int i = 0; i < 4; ++i)
+        y[i] = x[i] > -2147483648.0f && x[i] < 2147483648.0f ? static_cast<std::int32_t>(x[i]) : INT32_MIN;
+    return y;
+}
 LLAMA3_INLINE int sum_of(I x) { return x[0] + x[1] + x[2] + x[3]; }
 LLAMA3_INLINE int max_of(I x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
     for (int i = 0; i < 4; ++i) p[i] = static_cast<std::int8_t>(x[i]);
 }
-LLAMA3_INLINE I high_nibbles(I x) { return (I)((U)x >> 4) & splat_int(0x0f0f0f0f); }
-LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
-LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
+LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
     std::int8_t a[16], b[16];
     std::memcpy(a, &w, 16), std::memcpy(b, &x, 16);
     for (int i = 0; i < 4; ++i)
         sum[i] += a[4 * i] * b[4 * i] + a[4 * i + 1] * b[4 * i + 1] + a[4 * i + 2] * b[4 * i + 2] + a[4 * i + 3] * b[4 * i + 3];
     return sum;
 }
-LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_signed(sum, nibbles, x); }
-LLAMA3_INLINE I finish_pairs(I sum) { return sum; }
+#endif
 
 #endif
 
 LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
 // A sum of products of biased weights begins at `start`, which takes the bias away again.
-#ifdef LLAMA3_VNNI  // one instruction sums four products of unsigned and signed bytes in 32 bits, exactly
+#if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // in 16 bits
+LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
+LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
+#else                                           // in 32 bits, exactly
 LLAMA3_INLINE I dot_signed(I sum, I w, I x) { return dot_bytes(sum, flip_signs(w), x); }
 LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_bytes(sum, nibbles, x); }
 LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
 LLAMA3_INLINE I finish_sum(I sum, const std::byte*) { return sum; }
-#else
-LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
-LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
 #endif
 
-// detail::exp, lane by lane, in the same operations.
-LLAMA3_INLINE F exp(F x) {
+// detail::exp, lane by lane, in the same operations, for x <= 88.72 or NaN.
+LLAMA3_INLINE F exp_finite(F x) {
     const F round = splat(12582912.0f);
     const F n = fma(x, splat(1.44269504088896341f), round) - round;
     const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
@@ -2965,10 +3140,9 @@ LLAMA3_INLINE F exp(F x) {
     const I exponent = to_int(n), half = shift_right<1>(exponent);
     const F first = as_float(shift_left<23>(add_int(half, splat_int(127))));
     const F second = as_float(shift_left<23>(add_int(sub_int(exponent, half), splat_int(127))));
-    F y = p * first * second;
-    y = where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), y);
-    return where_less(x, splat(-87.33f), splat(0), y);
+    return where_less(x, splat(-87.33f), splat(0), p * first * second);
 }
+LLAMA3_INLINE F exp(F x) { return where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), exp_finite(x)); }
 
 constexpr int parts = panel_rows / lanes;  // vectors per panel column
 #ifdef LLAMA3_BF16
@@ -2980,7 +3154,7 @@ constexpr bool own_bf16 = false;
 // ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 #ifdef LLAMA3_LIKE  // only products differ
-using LLAMA3_LIKE::attend, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
+using LLAMA3_LIKE::attend, LLAMA3_LIKE::join, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
 #else
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
@@ -3340,134 +3514,223 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
     else return load_bytes(from + index) * scale;
 }
 
-// mix[g, channel] = Σ_j scores[g, j] value[first + j, channel], for V vectors of channels from c on.
-template <Format kv, int G, int V>
-LLAMA3_INLINE void mix_values(const CacheView& cache, int first, int count, std::size_t c, const float* scores, float* mix) {
-    const std::size_t padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
+// Query heads at a time, and vectors of positions or channels that each meets.
+constexpr int attention_heads = lanes == 16 ? 8 : 4, attention_vectors = lanes == 4 ? 4 : 2;
+constexpr int attention_step = attention_vectors * lanes;
+
+// `count` positions from `first` on, a multiple of attention_step: their keys [position / step][E][step], their values
+// [position][attention_width].
+template <Format kv>
+void decode_chunk(const CacheView& cache, bool keys, int first, int count, float* to) {
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
                       groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
-    F sums[G][V];
+    // Sixteens: positions of one channel, or channels of one position. A group of them has one vector of scales.
+    const std::size_t sixteens = keys ? width : padded / 16, group = keys ? block_columns : block_columns / 16,
+                      stride = keys ? attention_step : 16;
+    for (int j = 0; j < count; j += keys ? 16 : 1) {
+        const std::size_t p = static_cast<std::size_t>(first + j);
+        const std::byte* from = keys ? cache.keys : cache.values;
+        float* out = keys ? to + static_cast<std::size_t>(j / attention_step * attention_step) * width + j % attention_step
+                          : to + j * attention_width(cache.head_dim);
+        for (std::size_t g = 0; g < groups; ++g) {
+            F scales[parts];
+            for (int h = 0; h < parts; ++h) {
+                scales[h] = splat(0);
+                if constexpr (kv == Format::q8)
+                    scales[h] = keys ? load_fp16(cache.key_scales + (p / 16 * groups + g) * 16 + h * lanes)
+                                     : splat(from_fp16(cache.value_scales[p * groups + g]));
+            }
+            for (std::size_t i = g * group; i < std::min(sixteens, (g + 1) * group); ++i) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h)
+                store(out + i * stride + h * lanes,
+                      load_cached<kv>(from, (keys ? p * width : p * padded) + i * 16 + static_cast<std::size_t>(h * lanes),
+                                      scales[h]));
+        }
+    }
+}
+
+struct HeadProducts {
+    float* sums;  // [heads, sums_stride], attention_step columns
+    std::size_t sums_stride;
+    const float* factors;  // [heads, score_stride]
+    const float* vectors;  // [count, stride]
+    std::size_t stride;
+    int count;
+    bool fresh;              // sums start at 0
+    const std::byte* ahead;  // what will be read soon
+    std::size_t ahead_stride;
+};
+
+// sums[n] += Σ_i factors[n][i] vectors[i] for N heads, a chain per element: scores (i: channel, lane: position) and the mix of
+// values (i: position, lane: channel).
+template <int N>
+void add_products(const HeadProducts& p, int n) {
+    if constexpr (N > 1)
+        if (n < N) return add_products<N / 2>(p, n);
+    F sums[N][attention_vectors];
     LLAMA3_UNROLL
-    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v) sums[g][v] = splat(0);
-    for (int j = 0; j < count; ++j) {
-        const std::size_t position = static_cast<std::size_t>(first + j);
+    for (int h = 0; h < N; ++h) LLAMA3_UNROLL
+    for (int v = 0; v < attention_vectors; ++v)
+        sums[h][v] = p.fresh ? splat(0) : load(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes);
+    const float *factors = p.factors, *vectors = p.vectors;
+    const std::byte* ahead = p.ahead;
+    for (const float* end = factors + p.count; factors < end; ++factors, vectors += p.stride, ahead += p.ahead_stride) {
+        __builtin_prefetch(ahead, 0, 2);
+        F x[attention_vectors];
         LLAMA3_UNROLL
-        for (int v = 0; v < V; ++v) {
-            const std::size_t channel = c + static_cast<std::size_t>(v * lanes);
-            F value_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                value_scale = splat(from_fp16(cache.value_scales[position * groups + channel / block_columns]));
-            const F value = load_cached<kv>(cache.values, position * padded + channel, value_scale);
+        for (int v = 0; v < attention_vectors; ++v) x[v] = load(vectors + v * lanes);
+        LLAMA3_UNROLL
+        for (int h = 0; h < N; ++h) {
+            const F factor = splat(factors[h * score_stride]);
             LLAMA3_UNROLL
-            for (int g = 0; g < G; ++g) sums[g][v] = fma(splat(scores[g * attention_segment + j]), value, sums[g][v]);
+            for (int v = 0; v < attention_vectors; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
         }
     }
     LLAMA3_UNROLL
-    for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v)
-        store(mix + static_cast<std::size_t>(g) * padded + c + static_cast<std::size_t>(v * lanes), sums[g][v]);
+    for (int h = 0; h < N; ++h) LLAMA3_UNROLL
+    for (int v = 0; v < attention_vectors; ++v)
+        store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
 }
 
-// One segment of G heads. Scores first (lane = position), then the softmax over the segment, then the mix (lane = channel).
-template <Format kv, int G>
-void attend_segment(const Attention& a, const float* query, int first, int count, float* largest, float* total, float* mix) {
+// row[j] *= scale, j < count, and -∞ up to a multiple of 16; returns the largest.
+LLAMA3_INLINE float scale_scores(float* row, int count, float scale) {
+    F most = splat(-std::numeric_limits<float>::infinity());
+    for (int j = count; j % 16 != 0; ++j) row[j] = -std::numeric_limits<float>::infinity();
+    for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
+    for (int h = 0; h < 16; h += lanes) {
+        const F score = load(row + j + h) * splat(scale);
+        store(row + j + h, score);
+        most = max(most, score);
+    }
+    float values[lanes];
+    store(values, most);
+    for (int half = lanes / 2; half >= 1; half /= 2)
+        for (int i = 0; i < half; ++i) values[i] = std::max(values[i], values[i + half]);
+    return values[0];
+}
+
+// row[j] = e^(row[j] - largest), none of which is above 1; returns their sum, over 16 lanes.
+LLAMA3_INLINE float exponentiate(float* row, int count, float largest) {
+    F sums[parts];
+    for (int h = 0; h < parts; ++h) sums[h] = splat(0);
+    for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) {
+        const F p = exp_finite(load(row + j + h * lanes) - splat(largest));
+        store(row + j + h * lanes, p);
+        sums[h] = sums[h] + p;
+    }
+    float values[16];
+    for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
+    return sum_lanes(values);
+}
+
+// One segment (§5, attend_reference): all scores, then the softmax, then the mix.
+template <Format kv>
+void attend_segment(const Attention& a, int segment, float* mix) {
     const CacheView& cache = a.cache;
     const std::size_t width = static_cast<std::size_t>(cache.head_dim),
+                      mix_width = static_cast<std::size_t>(attention_width(cache.head_dim)),
                       padded = static_cast<std::size_t>(padded_width(cache.head_dim));
-    const std::size_t groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
-    const F scale = splat(1 / std::sqrt(static_cast<float>(cache.head_dim)));
-    float* scores = a.scratch;
-    for (int j = 0; j < count; j += 16) {
-        const std::size_t tile = static_cast<std::size_t>(first + j) / 16;
-        F dots[G][parts];
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) dots[g][h] = splat(0);
-        for (std::size_t e = 0; e < width; ++e) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) {
-            F key_scale = splat(0);
-            if constexpr (kv == Format::q8)
-                key_scale = load_fp16(cache.key_scales + (tile * groups + e / block_columns) * 16 +
-                                      static_cast<std::size_t>(h * lanes));
-            const F key = load_cached<kv>(cache.keys, (tile * width + e) * 16 + static_cast<std::size_t>(h * lanes), key_scale);
-            LLAMA3_UNROLL
-            for (int g = 0; g < G; ++g)
-                dots[g][h] = fma(splat(query[static_cast<std::size_t>(g) * width + e]), key, dots[g][h]);
+    constexpr std::size_t element = kv == Format::f32 ? 4 : kv == Format::bf16 ? 2 : 1;
+    const int queries = a.queries(), count = a.seen(queries - 1, segment);
+    int begin = 0;
+    while (a.seen(begin, segment) == 0) begin += a.n_queries;
+    const auto row = [](float* rows, int q) { return rows + static_cast<std::size_t>(q) * score_stride; };
+    const auto heads = [&](int q) {
+        return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::min(queries - q, attention_heads))));
+    };
+    float *const scores = a.scratch, *const vectors = row(scores, queries),
+                 *const packed = vectors + attention_chunk * mix_width;
+    for (int q = begin; q < queries; ++q)
+        for (std::size_t e = 0; e < width; e += attention_segment)
+            std::memcpy(row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                        a.query + static_cast<std::size_t>(q / a.n_queries) * a.stride +
+                            static_cast<std::size_t>(q % a.n_queries) * width + e,
+                        4 * std::min<std::size_t>(width - e, attention_segment));
+    for (int j = 0; j < count; j += attention_chunk) {
+        const std::size_t position = static_cast<std::size_t>(j);
+        decode_chunk<kv>(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
+        for (int q = begin, n; q < queries; q += n) {
+            n = heads(q);
+            for (int i = 0; i < std::min(a.seen(q + n - 1, segment) - j, attention_chunk); i += attention_step)
+                for (std::size_t e = 0; e < width; e += attention_segment)
+                    add_products<attention_heads>(
+                        {row(scores, q) + j + i, score_stride,
+                         row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                         vectors + (static_cast<std::size_t>(i) * width + e * attention_step), attention_step,
+                         static_cast<int>(std::min<std::size_t>(width - e, attention_segment)), e == 0,
+                         cache.keys + (position + attention_chunk + static_cast<std::size_t>(i)) * width * element,
+                         attention_step * element},
+                        n);
         }
-        LLAMA3_UNROLL
-        for (int g = 0; g < G; ++g) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) store(scores + g * attention_segment + j + h * lanes, dots[g][h] * scale);
     }
-    for (int g = 0; g < G; ++g) {
-        float* row = scores + g * attention_segment;
-        const int filled = static_cast<int>(round_up(count, 16));
-        for (int j = count; j < filled; ++j)
-            row[j] = -std::numeric_limits<float>::infinity();  // positions that are not there yet
-        F most = load(row);
-        for (int j = lanes; j < filled; j += lanes) most = max(most, load(row + j));
-        float values[16];
-        store(values, most);
-        largest[g] = values[0];
-        for (int i = 1; i < lanes; ++i) largest[g] = std::max(largest[g], values[i]);
-        F sums[parts];
-        for (int h = 0; h < parts; ++h) sums[h] = splat(0);
-        for (int j = 0; j < filled; j += 16)
-            for (int h = 0; h < parts; ++h) {
-                const F p = exp(load(row + j + h * lanes) - splat(largest[g]));
-                store(row + j + h * lanes, p);
-                sums[h] = sums[h] + p;
+    float *const largest = mix + static_cast<std::size_t>(queries) * mix_width, *const total = largest + queries;
+    const float scale = 1 / std::sqrt(static_cast<float>(cache.head_dim));
+    // Two loops: the processor can look for the largest score of one head while it still waits for that of another.
+    for (int q = begin; q < queries; ++q) largest[q] = scale_scores(row(scores, q), a.seen(q, segment), scale);
+    for (int q = begin; q < queries; ++q) total[q] = exponentiate(row(scores, q), a.seen(q, segment), largest[q]);
+    for (int j = 0; j < count; j += attention_chunk) {
+        const std::size_t position = static_cast<std::size_t>(j);
+        decode_chunk<kv>(cache, false, j, std::min(count - j, attention_chunk), vectors);
+        for (int q = begin, n; q < queries; q += n) {
+            n = heads(q);
+            // Together as far as the first of them sees: a product with a weight of zero would still let NaN through.
+            const int common = std::clamp(a.seen(q, segment) - j, 0, attention_chunk);
+            for (std::size_t c = 0; c < mix_width; c += attention_step) {
+                HeadProducts p{mix + static_cast<std::size_t>(q) * mix_width + c,
+                               mix_width,
+                               row(scores, q) + j,
+                               vectors + c,
+                               mix_width,
+                               common,
+                               j == 0,
+                               cache.values + ((position + attention_chunk) * padded + c) * element,
+                               padded * element};
+                add_products<attention_heads>(p, n);
+                p.fresh = false, p.factors += common, p.vectors += static_cast<std::size_t>(common) * mix_width;
+                for (int other = q + 1; other < q + n; ++other) {
+                    p.sums += mix_width, p.factors += score_stride;
+                    p.count = std::min(a.seen(other, segment) - j, attention_chunk) - common;
+                    if (p.count > 0) add_products<1>(p, 1);
+                }
             }
-        for (int h = 0; h < parts; ++h) store(values + h * lanes, sums[h]);
-        total[g] = sum_lanes(values);
-    }
-    constexpr std::size_t most = parts == 1 ? 4 * lanes : 16;  // channels at a time
-    std::size_t c = 0;
-    for (; c + most <= padded; c += most)
-        mix_values<kv, G, static_cast<int>(most) / lanes>(cache, first, count, c, scores, mix);
-    if constexpr (most > 16)
-        for (; c < padded; c += 16) mix_values<kv, G, parts>(cache, first, count, c, scores, mix);
-}
-
-// G heads over all segments, joined in order (§5, attend_reference).
-template <Format kv, int G>
-void attend_heads(const Attention& a, int head) {
-    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
-                      padded = static_cast<std::size_t>(padded_width(a.cache.head_dim));
-    const float* query = a.query + static_cast<std::size_t>(head) * width;
-    float* mix = a.scratch + 4 * attention_segment;
-    float* joined = mix + 4 * padded;
-    float largest[G], total[G], segment_largest[G], segment_total[G];
-    attend_segment<kv, G>(a, query, 0, std::min(a.n, attention_segment), largest, total, joined);
-    for (int first = attention_segment; first < a.n; first += attention_segment) {
-        attend_segment<kv, G>(a, query, first, std::min(a.n - first, attention_segment), segment_largest, segment_total, mix);
-        for (int g = 0; g < G; ++g) {
-            const float both = std::max(largest[g], segment_largest[g]);
-            const float old_share = detail::exp(largest[g] - both), new_share = detail::exp(segment_largest[g] - both);
-            total[g] = detail::fma(segment_total[g], new_share, total[g] * old_share);
-            largest[g] = both;
-            for (std::size_t e = static_cast<std::size_t>(g) * padded; e < static_cast<std::size_t>(g + 1) * padded; e += lanes)
-                store(joined + e, fma(load(mix + e), splat(new_share), load(joined + e) * splat(old_share)));
         }
     }
-    for (int g = 0; g < G; ++g) {
-        const float inverse = 1 / total[g];
-        for (std::size_t e = 0; e < width; ++e)
-            a.out[static_cast<std::size_t>(head + g) * width + e] = joined[static_cast<std::size_t>(g) * padded + e] * inverse;
+}
+
+void attend(const Attention& a, int segment, float* mix) {
+    if (a.cache.format == Format::f32) attend_segment<Format::f32>(a, segment, mix);
+    else if (a.cache.format == Format::bf16) attend_segment<Format::bf16>(a, segment, mix);
+    else attend_segment<Format::q8>(a, segment, mix);
+}
+
+// §5, attend_reference: the running softmax over segments.
+void join(const Attention& a, int segment, float* joined, const float* mix) {
+    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
+                      mix_width = static_cast<std::size_t>(attention_width(a.cache.head_dim)),
+                      queries = static_cast<std::size_t>(a.queries());
+    for (std::size_t q = 0; q < queries; ++q) {
+        float *to = joined + q * mix_width, *largest = joined + queries * mix_width + q, *total = largest + queries;
+        if (segment > 0 && a.seen(static_cast<int>(q), segment) > 0) {
+            const float *from = mix + q * mix_width, *other = mix + queries * mix_width + q;
+            const float both = std::max(*largest, other[0]);
+            float shares[2 * lanes];
+            store(shares, exp(splat(*largest - both))), store(shares + lanes, exp(splat(other[0] - both)));
+            const float old_share = shares[0], new_share = shares[lanes];
+            *total = detail::fma(other[queries], new_share, *total * old_share);
+            *largest = both;
+            for (std::size_t e = 0; e < mix_width; e += lanes)
+                store(to + e, fma(load(from + e), splat(new_share), load(to + e) * splat(old_share)));
+        }
+        if (segment + 1 < a.segments()) continue;
+        const std::size_t group = static_cast<std::size_t>(a.n_queries);
+        float* out = a.out + q / group * a.stride + q % group * width;
+        const float inverse = 1 / *total;
+        std::size_t e = 0;
+        for (; e + lanes <= width; e += lanes) store(out + e, load(to + e) * splat(inverse));
+        for (; e < width; ++e) out[e] = to[e] * inverse;
     }
-}
-
-template <Format kv>
-void attend_as(const Attention& a) {
-    int head = 0;
-    for (; head + 4 <= a.n_queries; head += 4) attend_heads<kv, 4>(a, head);
-    if (head + 2 <= a.n_queries) attend_heads<kv, 2>(a, head), head += 2;
-    if (head < a.n_queries) attend_heads<kv, 1>(a, head);
-}
-
-void attend(const Attention& a) {
-    if (a.cache.format == Format::f32) attend_as<Format::f32>(a);
-    else if (a.cache.format == Format::bf16) attend_as<Format::bf16>(a);
-    else attend_as<Format::q8>(a);
 }
 
 #endif
@@ -3480,7 +3743,8 @@ const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
                          pack,
                          multiply,
                          swiglu,
-                         attend};
+                         attend,
+                         join};
 
 }  // namespace LLAMA3_KERNELS
 }  // namespace detail
@@ -3714,7 +3978,8 @@ const Kernels kernels = {"amx",
                          pack,
                          multiply,
                          swiglu,
-                         attend};
+                         attend,
+                         join};
 
 }  // namespace amx
 }  // namespace detail
@@ -3750,6 +4015,9 @@ std::vector<KernelChoice> all_kernels() {
         std::swap(choices[choices.size() - 2], choices.back());  // there vdpbf16ps has half the rate of two fused multiply-adds
     choices.push_back({&avx_vnni::kernels, cpu.avx2_fma_f16c && cpu.avx_vnni});
     choices.push_back({&avx2::kernels, cpu.avx2_fma_f16c});
+#elif defined(__aarch64__)
+    choices.push_back({&neon_dotprod::kernels, cpu_features().dotprod});
+    choices.push_back({&neon::kernels, true});
 #endif
     choices.push_back({&baseline::kernels, true});
     return choices;
@@ -3773,7 +4041,7 @@ const Kernels& choose_kernels(const std::string& wanted) {
 // ═══ §11  Threads ══════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
 // A team runs one function on every thread; threads meet at barriers. With OpenMP the team is a parallel region, so that a host
-// that uses OpenMP itself keeps one pool of threads; without, the threads are ours and sleep between the calls.
+// that uses OpenMP itself keeps one pool of threads; without, and for ranks, the threads are ours.
 
 namespace llama3 {
 namespace detail {
@@ -3828,40 +4096,17 @@ private:
     alignas(64) std::atomic<std::uint32_t> phase_{0};
 };
 
-#ifdef _OPENMP
-
-class Team {
+// A team of std::threads, which belong to it and sleep between the calls.
+class ThreadTeam {
 public:
-    explicit Team(int threads) : threads_(threads) {}
-    int threads() const { return threads_; }
-    static const char* name() { return "OpenMP"; }
-    // f(thread, number of threads), which may be fewer than asked for; must not throw.
-    template <class F>
-    void run(Barrier& barrier, const F& f) {
-#pragma omp parallel num_threads(threads_)
-        {
-#pragma omp single
-            barrier.resize(omp_get_num_threads());
-            f(omp_get_thread_num(), omp_get_num_threads());
-        }
-    }
-
-private:
-    int threads_;
-};
-
-#else
-
-class Team {
-public:
-    explicit Team(int threads) : threads_(threads) {
+    explicit ThreadTeam(int threads) : threads_(threads) {
         try {
             for (int i = 1; i < threads; ++i) members_.emplace_back([this, i] { serve(i); });
         } catch (...) {  // the system has no more threads: run with those there are
             threads_ = static_cast<int>(members_.size()) + 1;
         }
     }
-    ~Team() {
+    ~ThreadTeam() {
         stop_ = true;
         epoch_.fetch_add(1);
         epoch_.notify_all();
@@ -3903,6 +4148,32 @@ private:
     std::atomic<std::uint32_t> epoch_{0}, working_{0};
 };
 
+#ifdef _OPENMP
+
+class Team {
+public:
+    explicit Team(int threads) : threads_(threads) {}
+    int threads() const { return threads_; }
+    static const char* name() { return "OpenMP"; }
+    // f(thread, number of threads), which may be fewer than asked for; must not throw.
+    template <class F>
+    void run(Barrier& barrier, const F& f) {
+#pragma omp parallel num_threads(threads_)
+        {
+#pragma omp single
+            barrier.resize(omp_get_num_threads());
+            f(omp_get_thread_num(), omp_get_num_threads());
+        }
+    }
+
+private:
+    int threads_;
+};
+
+#else
+
+using Team = ThreadTeam;
+
 #endif
 
 }  // namespace detail
@@ -3917,40 +4188,33 @@ private:
 namespace llama3 {
 namespace detail {
 
-// The CPU's cache: per layer and key/value head the arrays of CacheView, one after the other.
+// The CPU's cache, [segment][layer][key/value head] the arrays of CacheView: in the order in which a conversation fills it, so
+// that large pages, which spare attention most of its page walks, take no memory long before it is needed.
 class CpuCache final : public KVCache {
 public:
-    static std::size_t head_bytes(const Config& config, int capacity, Format format) {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity, 16)),
-                          groups = static_cast<std::size_t>(scale_groups(config.head_dim));
-        const std::size_t element = format == Format::f32    ? 4
-                                    : format == Format::bf16 ? 2
-                                                             : 1,
-                          scales = format == Format::q8 ? 2 * groups : 0;
-        const std::size_t per_position =
-            element * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) + 2 * scales;
-        return static_cast<std::size_t>(round_up(static_cast<std::int64_t>(positions * per_position), 64));
-    }
     static std::size_t bytes(const Config& config, int capacity, Format format) {
-        return head_bytes(config, capacity, format) * static_cast<std::size_t>(config.n_layers) *
-               static_cast<std::size_t>(config.n_kv_heads);
+        return static_cast<std::size_t>(round_up(capacity, 16)) * position_bytes(config, format) *
+               static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(config.n_kv_heads);
     }
 
     CpuCache(const Config& config, int capacity, Format format)
-        : n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity), format_(format),
-          head_bytes_(head_bytes(config, capacity, format)), memory_(bytes(config, capacity, format)) {}
+        : n_layers_(config.n_layers), n_kv_heads_(config.n_kv_heads), head_dim_(config.head_dim), capacity_(capacity),
+          format_(format), position_bytes_(position_bytes(config, format)), memory_(bytes(config, capacity, format), true) {}
 
     int capacity() const override { return capacity_; }
 
-    CacheView view(int layer, int head) const {
-        const std::size_t positions = static_cast<std::size_t>(round_up(capacity_, 16)),
-                          width = static_cast<std::size_t>(head_dim_);
-        const std::size_t padded = static_cast<std::size_t>(padded_width(head_dim_)),
-                          groups = static_cast<std::size_t>(scale_groups(head_dim_));
-        const std::size_t element = format_ == Format::f32 ? 4 : format_ == Format::bf16 ? 2 : 1;
-        std::byte* at = memory_.data() + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(n_kv_heads_) +
-                                          static_cast<std::size_t>(head)) *
-                                             head_bytes_;
+    CacheView view(int layer, int head, int segment) const {
+        const std::size_t width = static_cast<std::size_t>(head_dim_),
+                          padded = static_cast<std::size_t>(padded_width(head_dim_)),
+                          groups = static_cast<std::size_t>(scale_groups(head_dim_)), element = element_bytes(format_);
+        const std::size_t first = static_cast<std::size_t>(segment) * attention_segment,
+                          heads = static_cast<std::size_t>(n_kv_heads_),
+                          positions = std::min<std::size_t>(attention_segment,
+                                                            static_cast<std::size_t>(round_up(capacity_, 16)) - first);
+        std::byte* at =
+            memory_.data() + (first * static_cast<std::size_t>(n_layers_) * heads +
+                              (static_cast<std::size_t>(layer) * heads + static_cast<std::size_t>(head)) * positions) *
+                                 position_bytes_;
         CacheView view{format_, at, nullptr, at + positions * width * element, nullptr, head_dim_};
         if (format_ == Format::q8) {
             view.key_scales = reinterpret_cast<std::uint16_t*>(view.values + positions * padded);
@@ -3961,11 +4225,11 @@ public:
 
     // Writes the key and value [E] of one position.
     void store(int layer, int head, int position, const float* key, const float* value) {
-        const CacheView view = this->view(layer, head);
+        const CacheView view = this->view(layer, head, position / attention_segment);
         const std::size_t width = static_cast<std::size_t>(head_dim_),
                           padded = static_cast<std::size_t>(padded_width(head_dim_));
         const std::size_t groups = static_cast<std::size_t>(scale_groups(head_dim_));
-        const std::size_t p = static_cast<std::size_t>(position), tile = p / 16 * width * 16 + p % 16;
+        const std::size_t p = static_cast<std::size_t>(position % attention_segment), tile = p / 16 * width * 16 + p % 16;
         for (std::size_t first = 0; first < width; first += block_columns) {
             const std::size_t n = std::min<std::size_t>(block_columns, width - first);
             if (format_ == Format::q8) {
@@ -3991,9 +4255,15 @@ public:
     }
 
 private:
-    int n_kv_heads_, head_dim_, capacity_;
+    static std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+    static std::size_t position_bytes(const Config& config, Format format) {  // of one head
+        return element_bytes(format) * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) +
+               (format == Format::q8 ? 4 * static_cast<std::size_t>(scale_groups(config.head_dim)) : 0);
+    }
+
+    int n_layers_, n_kv_heads_, head_dim_, capacity_;
     Format format_;
-    std::size_t head_bytes_;
+    std::size_t position_bytes_;
     AlignedBuffer memory_;
 };
 
@@ -4020,14 +4290,16 @@ private:
 
 struct CpuBuffers {
     Tensor x, query, key, value, mixed, hidden, up;
+    Tensor partial;     // [T + 1, D] this rank's part of a sum over ranks, and a row for the wish to stop; one rank has none
     std::byte* packed;  // activations in the order of a product's tiles
-    float* turns;       // [T, E] cos and sin of each row's position
-    float* scratch;     // [threads, scratch_floats] rows of a thread's own
+    std::size_t packed_bytes;
+    float* turns;    // [T, E] cos and sin of each row's position
+    float* scratch;  // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
     std::byte* room;  // [threads, room_bytes] unpacked panels
     std::size_t room_bytes;
 
-    CpuBuffers(Arena& arena, const Config& c, int rows, int threads) {
+    CpuBuffers(Arena& arena, const Config& c, int rows, int threads, int ranks) {
         const int widest = std::max({c.dim, c.n_heads * c.head_dim, c.ffn_dim});
         const std::size_t n = static_cast<std::size_t>(rows);
         x = arena.tensor(rows, c.dim);
@@ -4037,35 +4309,41 @@ struct CpuBuffers {
         mixed = arena.tensor(rows, c.n_heads * c.head_dim);
         hidden = arena.tensor(rows, c.ffn_dim);
         up = arena.tensor(rows, c.ffn_dim);
-        packed = arena.take<std::byte>(static_cast<std::size_t>(round_up(rows, max_tile_tokens)) *
-                                       packed_bytes(Format::f32, widest));
+        partial = arena.tensor(ranks > 1 ? rows + 1 : 0, c.dim);
+        packed_bytes = static_cast<std::size_t>(round_up(rows, max_tile_tokens)) * detail::packed_bytes(Format::f32, widest);
+        packed = arena.take<std::byte>(packed_bytes);
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
+        const int queries = std::max(attention_queries, c.n_heads / c.n_kv_heads);
         scratch_floats = std::max<std::size_t>(max_tile_tokens * static_cast<std::size_t>(round_up(c.dim, 64)),
-                                               4 * attention_segment + 8 * static_cast<std::size_t>(padded_width(c.head_dim)));
+                                               attention_floats(queries, c.head_dim) + 2 * mix_floats(queries, c.head_dim));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
         room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
         room = arena.take<std::byte>(static_cast<std::size_t>(threads) * room_bytes);
     }
 };
 
+std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options);  // §13
+
 class CpuBackend final : public Backend {
 public:
-    CpuBackend(Model model, const Options& options)
-        : model_(std::move(model)), config_(model_.config()), context_(options.context), kv_(options.kv),
-          kernels_(choose_kernels(options.isa)), team_(options.threads), rows_(std::min(options.chunk, options.context)),
-          frequencies_(rope_frequencies(config_)), memory_(buffer_bytes(config_, rows_, team_.threads())),
-          buffers_(place(arena_, memory_), config_, rows_, team_.threads()) {}
+    // The whole model, or the share of one rank.
+    CpuBackend(Model model, const Options& options, Share share)
+        : model_(std::move(model)), share_(std::move(share)), config_(share_.config), communicator_(options.communicator),
+          context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)), team_(options.threads),
+          rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
+          memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
+          buffers_(place(arena_, memory_), config_, rows_, team_.threads(), share_.ranks) {}
 
-    static std::size_t buffer_bytes(const Config& config, int rows, int threads) {
+    static std::size_t buffer_bytes(const Config& config, int rows, int threads, int ranks) {
         Arena count;
-        const CpuBuffers counted(count, config, rows, threads);
+        const CpuBuffers counted(count, config, rows, threads, ranks);
         return count.used();
     }
 
     std::unique_ptr<KVCache> make_cache() override { return std::make_unique<CpuCache>(config_, context_, kv_); }
     int max_rows() const override { return rows_; }
     std::span<const float> logits(int i) const override {
-        return {logits_.data() + static_cast<std::size_t>(i) * logits_stride(), static_cast<std::size_t>(config_.vocab_size)};
+        return {logits_.data() + static_cast<std::size_t>(i) * logits_stride(), static_cast<std::size_t>(n_logits())};
     }
     std::string describe() const override {
         return std::string(kernels_.name) + ", CPU, " + std::to_string(team_.threads()) +
@@ -4080,10 +4358,25 @@ private:
         arena.place(memory.data());
         return arena;
     }
-    std::size_t logits_stride() const { return static_cast<std::size_t>(round_up(config_.vocab_size, 64)); }
+    int n_logits() const { return share_.weights.output.rows; }
+    std::size_t logits_stride() const { return static_cast<std::size_t>(round_up(n_logits(), 64)); }
+    // The first thread's part of a sum over ranks. Here, and only here, ranks agree to stop: the wish travels with the sum.
+    void sum_over_ranks(int n_tokens) noexcept {
+        const Tensor& partial = buffers_.partial;
+        float* const stop = partial.row(n_tokens);
+        *stop = cancel_ && cancel_->load(std::memory_order_relaxed) ? 1.0f : 0.0f;
+        try {
+            communicator_->all_reduce_sum({partial.data, static_cast<std::size_t>(n_tokens) * partial.stride + 1});
+            stopped_ = *stop > 0;
+        } catch (...) {
+            failure_ = std::current_exception(), stopped_ = true;
+        }
+    }
 
     Model model_;
-    Config config_;
+    Share share_;
+    const Config& config_;
+    std::shared_ptr<Communicator> communicator_;  // where there are several ranks
     int context_;
     Format kv_;
     const Kernels& kernels_;
@@ -4099,6 +4392,7 @@ private:
     StageTimes stage_times_{};      // of the first thread
     const std::atomic<bool>* cancel_ = nullptr;
     bool stopped_ = false;  // read and written at barriers only, so that all threads agree
+    std::exception_ptr failure_;
 };
 
 // One thread's part of every stage.
@@ -4147,13 +4441,47 @@ public:
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
         if (b_.stopped_) return;
-        const int shared = config_.n_heads / config_.n_kv_heads;
-        for (int i = thread_; i < n_tokens_ * config_.n_kv_heads;
-             i += threads_) {  // later tokens see more: deal them out in turn
-            const int head = i / n_tokens_, t = i % n_tokens_, column = head * shared * config_.head_dim;
-            const Row& row = batch.rows[static_cast<std::size_t>(t)];
-            const CacheView cache = static_cast<const CpuCache*>(row.cache)->view(layer.index, head);
-            kernels_.attend({cache, query.row(t) + column, mixed.row(t) + column, scratch_, shared, row.position + 1});
+        const int n_kv_heads = config_.n_kv_heads, group = config_.n_heads / n_kv_heads, head_dim = config_.head_dim;
+        // A block is as many rows of a sequence as leave some blocks for every thread. Where even single rows do not, the
+        // segments of a row are shared out as well, and joined when all are there.
+        const int most = std::clamp(n_tokens_ * n_kv_heads / (4 * threads_), 1, std::max(1, attention_queries / group));
+        int segments = 1;
+        for (const Row& row : batch.rows) segments = std::max(segments, row.position / attention_segment + 1);
+        const std::size_t floats = mix_floats(group, head_dim),
+                          parts = static_cast<std::size_t>(n_tokens_ * n_kv_heads) * static_cast<std::size_t>(segments);
+        float* const mixes = reinterpret_cast<float*>(buffers_.packed);  // not in use now
+        const bool split =
+            segments > 1 && n_tokens_ * n_kv_heads < 2 * threads_ && parts * floats * sizeof(float) <= buffers_.packed_bytes;
+        float* const joined = scratch_ + attention_floats(most * group, head_dim);
+        float* const mix = joined + mix_floats(most * group, head_dim);
+        for (int phase = 0; phase <= split; ++phase) {
+            int item = 0;
+            const auto mine = [&] { return item++ % threads_ == thread_; };
+            for (int t = 0, n; t < n_tokens_; t += n) {
+                const Row* rows = batch.rows.data() + t;
+                for (n = 1; n < most && t + n < n_tokens_ && rows[n].cache == rows->cache;) ++n;
+                for (int head = 0; head < n_kv_heads; ++head) {
+                    const bool whole = split && phase == 0 ? false : mine();
+                    const int column = head * group * head_dim;
+                    const CpuCache& cache = *static_cast<const CpuCache*>(rows->cache);
+                    Attention a{{}, rows, query.row(t) + column, mixed.row(t) + column, query.stride, n, group, scratch_};
+                    for (int s = 0; s < a.segments(); ++s) {
+                        float* const slot =
+                            mixes + (static_cast<std::size_t>(t * n_kv_heads + head) * static_cast<std::size_t>(segments) +
+                                     static_cast<std::size_t>(s)) *
+                                        floats;
+                        a.cache = cache.view(layer.index, head, s);
+                        if (split && phase == 0) {
+                            if (mine()) kernels_.attend(a, s, slot);
+                        } else if (whole) {
+                            if (!split) kernels_.attend(a, s, s == 0 ? joined : mix);
+                            kernels_.join(a, s, split ? slot - static_cast<std::size_t>(s) * floats : joined,
+                                          split ? slot : mix);
+                        }
+                    }
+                }
+            }
+            if (phase < split) meet();
         }
         end(Stage::attend);
     }
@@ -4199,7 +4527,9 @@ private:
         return {border(thread_), border(thread_ + 1)};
     }
     void meet() {
-        b_.barrier_.wait([this] { b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed); });
+        b_.barrier_.wait([this] {
+            if (b_.share_.ranks == 1) b_.stopped_ = b_.cancel_ && b_.cancel_->load(std::memory_order_relaxed);
+        });
     }
     void end(Stage stage) {
         meet();
@@ -4242,9 +4572,17 @@ private:
     void add_product(Stage stage, Tensor x, const Matrix& w, Tensor input) {
         if (b_.stopped_) return;
         pack_rows(w.format, input, n_tokens_, nullptr);
+        const bool alone = b_.share_.ranks == 1;
         const auto [first, last] = share(w.panels());
-        multiply_panels(w, x, n_tokens_, first, last, true);
+        multiply_panels(w, alone ? x : buffers_.partial, n_tokens_, first, last, alone);
         end(stage);
+        if (alone) return;
+        if (thread_ == 0) b_.sum_over_ranks(n_tokens_);
+        meet();
+        for (int t = 0; t < n_tokens_; ++t)
+            for (int i = first * panel_rows; i < std::min(last * panel_rows, w.rows); ++i)
+                x.row(t)[i] = x.row(t)[i] + buffers_.partial.row(t)[i];
+        end(Stage::communicate);
     }
 
     CpuBackend& b_;
@@ -4262,36 +4600,43 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
     for (int t = 0; t < batch.size(); ++t)
         if (batch.rows[static_cast<std::size_t>(t)].wants_logits) logits_rows_.push_back(t);
     logits_.resize(logits_rows_.size() * logits_stride());
-    cancel_ = cancel, stopped_ = false;
-    const Tensor logits{logits_.data(), static_cast<int>(logits_rows_.size()), config_.vocab_size, logits_stride()};
+    cancel_ = cancel, stopped_ = false, failure_ = nullptr;
+    const Tensor logits{logits_.data(), static_cast<int>(logits_rows_.size()), n_logits(), logits_stride()};
     const Activations activations{buffers_.x, buffers_.query, buffers_.mixed, buffers_.hidden, logits};
     team_.run(barrier_, [&](int thread, int threads) {
         const FloatEnvironment environment;
         CpuWorker worker(*this, thread, threads);
-        forward(worker, model_.weights(), activations, batch);
+        forward(worker, share_.weights, activations, batch);
     });
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
     return !stopped_;
 }
 
 class CpuDevice final : public Device {
 public:
     std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
-        check_ranks(model.config(), options.ranks, 1);
-        return std::make_unique<CpuBackend>(model, with_threads(options));
+        if (options.ranks > 1 && !options.communicator) return open_in_process(*this, model, with_threads(options));
+        const int rank = options.communicator ? options.communicator->rank() : 0;
+        return std::make_unique<CpuBackend>(model, with_threads(options),
+                                            share_of(model.config(), model.weights(), rank, options.ranks));
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
         return CpuCache::bytes(config, options.context, options.kv);
     }
     std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
-        return CpuBackend::buffer_bytes(config, std::min(options.chunk, options.context), with_threads(options).threads);
+        return CpuBackend::buffer_bytes(config, std::min(options.chunk, options.context), with_threads(options).threads,
+                                        options.ranks);
     }
 
 private:
     static Options with_threads(Options options) {
-        if (options.threads == 0) options.threads = usable_cpus();
+        if (options.threads == 0) {
+            int threads = usable_cpus();
 #ifdef _OPENMP
-        if (options.threads == usable_cpus()) options.threads = std::min(options.threads, omp_get_max_threads());
+            threads = std::min(threads, omp_get_max_threads());
 #endif
+            options.threads = std::max(1, options.communicator ? threads : threads / options.ranks);
+        }
         return options;
     }
 };
@@ -4304,28 +4649,633 @@ std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
 
 // ═══ §13  Ranks ════════════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// Tensor splitting: a rank owns H/R query heads, K/R key/value heads and F/R hidden channels, that is, rows of query, key,
-// value, gate and up, and the segments of columns of attention_out and down that meet them.
+// Tensor splitting (Shoeybi et al., "Megatron-LM", 2019): a rank owns some query heads and the key/value heads that these read,
+// some channels of the feed-forward and some logits, that is, rows of query, key, value, gate, up and output, and the columns of
+// attention_out and down that meet them. It runs forward() over its share like anybody else; ranks meet only where the products
+// of attention_out and down are summed, twice per layer, and when somebody asks for logits. A rank's columns are whole segments,
+// so that its sum is a sub-tree of the one rank's, and join_ranks() the rest of the tree: the bits stay.
+//
+// Per token and layer a rank sends 2 (4 D + 4) bytes to each other one, the 4 being its wish to stop; per token rank 0 gets
+// 4 V/R bytes from each, or 8 k where the best k candidates decide (greedy: 1).
+//
+// Three ways to run: LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in
+// a LeadBackend that tells the others what to do, and those are in follow().
 
 namespace llama3 {
 namespace detail {
 
-// Which numbers of ranks can share a model: R divides the query heads, and divides the key/value heads or is a multiple of
-// them.
-void check_ranks(const Config& config, int ranks, int available) {
-    std::string possible;
-    for (int r = 1; r <= available; ++r)
-        if (config.n_heads % r == 0 && (config.n_kv_heads % r == 0 || r % config.n_kv_heads == 0)) {
-            if (r == ranks) return;
-            possible += (possible.empty() ? "" : ", ") + std::to_string(r);
-        }
-    fail(Code::argument, "Options::ranks",
-         "they cannot share " + std::to_string(config.n_heads) + " query and " + std::to_string(config.n_kv_heads) +
-             " key/value heads on this device",
-         std::to_string(ranks), possible, "Use one of these");
+// ── Shares ──
+
+// Rows from a panel's first on, as a view.
+Matrix rows_of(Matrix m, int first, int rows) {
+    if (m.data) m.data = m.panel(first / panel_rows);
+    m.rows = rows;
+    return m;
+}
+// Columns from a unit's first on: the panels keep their distance.
+Matrix columns_of(Matrix m, int first, int columns, int segments) {
+    if (m.data) m.data += static_cast<std::size_t>(first / unit_columns(m.format)) * unit_bytes(m.format);
+    m.columns = columns, m.segments = segments;
+    return m;
+}
+
+// Where the part of a rank begins, if n things are cut into `ranks` parts at multiples of `unit`.
+int border(int n, int unit, int rank, int ranks) {
+    const std::int64_t units = (n + unit - 1) / unit;
+    return static_cast<int>(std::min<std::int64_t>(units * rank / ranks * unit, n));
+}
+int share_of_segments(int segments, int ranks) { return segments % ranks == 0 ? segments / ranks : 1; }
+
+// R divides H; it divides K or is a multiple of it; heads fill whole panels, and units of attention_out; no rank stays empty.
+bool can_share(const Config& c, const Weights& weights, int ranks) {
+    if (ranks == 1) return true;
+    const int unit = weights.layers.empty() ? 1 : unit_columns(weights.layers[0].attention_out.format);
+    const int heads = c.n_heads / ranks, kv_heads = std::max(1, c.n_kv_heads / ranks);
+    return c.n_heads % ranks == 0 && (c.n_kv_heads % ranks == 0 || ranks % c.n_kv_heads == 0) &&
+           heads * c.head_dim % std::max(panel_rows, unit) == 0 && kv_heads * c.head_dim % panel_rows == 0 &&
+           (c.ffn_dim + 63) / 64 >= ranks && (c.vocab_size + panel_rows - 1) / panel_rows >= ranks;
 }
 
 }  // namespace detail
+
+Share share_of(const Config& config, const Weights& weights, int rank, int ranks) {
+    if (ranks < 1 || ranks > config.n_heads || !detail::can_share(config, weights, ranks)) {
+        std::string possible;
+        for (int r = 1; r <= config.n_heads; ++r)
+            if (detail::can_share(config, weights, r)) possible += (possible.empty() ? "" : ", ") + std::to_string(r);
+        detail::fail(Code::argument, "Options::ranks",
+                     detail::to_text("they cannot share ", config.n_heads, " query and ", config.n_kv_heads,
+                                     " key/value heads of ", config.head_dim),
+                     std::to_string(ranks), possible, "Use one of these");
+    }
+    Share share{config, weights, rank, ranks};
+    if (ranks == 1) return share;
+    Config& c = share.config;
+    c.n_heads = config.n_heads / ranks, c.n_kv_heads = std::max(1, config.n_kv_heads / ranks);
+    c.attention_out_segments = detail::share_of_segments(config.attention_out_segments, ranks);
+    c.down_segments = detail::share_of_segments(config.down_segments, ranks);
+    const int channel = detail::border(config.ffn_dim, 64, rank, ranks);
+    c.ffn_dim = detail::border(config.ffn_dim, 64, rank + 1, ranks) - channel;
+    const int query = rank * c.n_heads * c.head_dim, queries = c.n_heads * c.head_dim;
+    const int key = rank * config.n_kv_heads / ranks * c.head_dim, keys = c.n_kv_heads * c.head_dim;
+    for (Layer& layer : share.weights.layers) {
+        layer.query = detail::rows_of(layer.query, query, queries);
+        layer.key = detail::rows_of(layer.key, key, keys);
+        layer.value = detail::rows_of(layer.value, key, keys);
+        layer.attention_out = detail::columns_of(layer.attention_out, query, queries, c.attention_out_segments);
+        layer.gate = detail::rows_of(layer.gate, channel, c.ffn_dim);
+        layer.up = detail::rows_of(layer.up, channel, c.ffn_dim);
+        layer.down = detail::columns_of(layer.down, channel, c.ffn_dim, c.down_segments);
+    }
+    const int logit = detail::border(config.vocab_size, panel_rows, rank, ranks);
+    share.weights.output =
+        detail::rows_of(weights.output, logit, detail::border(config.vocab_size, panel_rows, rank + 1, ranks) - logit);
+    return share;
+}
+
+std::uint64_t bytes_of(const Share& share) {
+    const auto bytes = [](const Matrix& m) {
+        return static_cast<std::uint64_t>(m.panels()) * static_cast<std::uint64_t>(m.units()) * unit_bytes(m.format);
+    };
+    std::uint64_t sum = bytes(share.weights.embedding);
+    if (!share.config.tied_embedding) sum += bytes(share.weights.output);
+    for (const Layer& l : share.weights.layers)
+        for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) sum += bytes(*m);
+    return sum + 4ull * static_cast<std::uint64_t>(share.config.dim) * (2 * share.weights.layers.size() + 1);
+}
+
+void join_ranks(float* out, std::span<const float* const> parts, std::size_t n) {
+    constexpr std::size_t block = 256;  // keeps the tree's nodes in the cache
+    std::vector<std::array<float, block>> nodes((parts.size() + 1) / 2);
+    for (std::size_t first = 0; first < n; first += block) {
+        const std::size_t count = std::min(block, n - first);
+        for (std::size_t r = 0; r < parts.size(); r += 2)
+            for (std::size_t i = 0; i < count; ++i)
+                nodes[r / 2][i] = r + 1 < parts.size() ? parts[r][first + i] + parts[r + 1][first + i] : parts[r][first + i];
+        for (std::size_t left = nodes.size(); left > 1; left = (left + 1) / 2)
+            for (std::size_t r = 0; r < left; r += 2)
+                for (std::size_t i = 0; i < count; ++i)
+                    nodes[r / 2][i] = r + 1 < left ? nodes[r][i] + nodes[r + 1][i] : nodes[r][i];
+        std::copy_n(nodes[0].begin(), count, out + first);
+    }
+}
+
+namespace detail {
+
+std::uint64_t identity_of(const Model& model);  // §14
+
+// What the rank that needs most needs.
+MemoryPlan plan_ranks(const Config& config, const Weights& weights, Options options) {
+    if (!options.device) options.device = cpu();
+    MemoryPlan plan;
+    for (int rank = 0; rank < options.ranks; ++rank) {
+        const Share share = share_of(config, weights, rank, options.ranks);
+        plan.weights_bytes = std::max(plan.weights_bytes, bytes_of(share));
+        plan.cache_bytes = std::max(plan.cache_bytes, options.device->cache_bytes(share.config, options));
+        plan.activations_bytes = std::max(plan.activations_bytes, options.device->activations_bytes(share.config, options));
+    }
+    return plan;
+}
+
+// ── Ranks in one process ──
+
+// Ranks that are threads. What they exchange stays where it is, and is looked at by the others between two meetings.
+class InProcess final : public Communicator {
+public:
+    struct Group {
+        explicit Group(int n) : ranks(n), parts(static_cast<std::size_t>(n)) {}
+        const int ranks;
+        std::vector<std::span<const float>> parts;  // of each rank
+        std::vector<float> sum;
+        std::vector<std::byte>* message = nullptr;
+        std::atomic<int> arrived{0};
+        std::atomic<std::uint32_t> meeting{0};  // twice their number; odd: a rank has given up
+    };
+    InProcess(std::shared_ptr<Group> group, int rank) : group_(std::move(group)), rank_(rank) {}
+
+    int rank() const override { return rank_; }
+    int ranks() const override { return group_->ranks; }
+    std::string describe() const override { return std::to_string(ranks()) + " ranks in one process"; }
+    void all_reduce_sum(std::span<float> values) override {
+        Group& g = *group_;
+        const std::size_t rank = static_cast<std::size_t>(rank_), n = values.size();
+        g.parts[rank] = values;
+        if (rank_ == 0 && g.sum.size() < n) g.sum.resize(n);  // nobody reads it: all have left the last sum
+        barrier();
+        const std::size_t ranks = g.parts.size(), first = n * rank / ranks, last = n * (rank + 1) / ranks;
+        std::vector<const float*> parts;
+        for (const auto& part : g.parts) parts.push_back(part.data() + first);
+        join_ranks(g.sum.data() + first, parts, last - first);
+        barrier();
+        std::copy_n(g.sum.begin(), n, values.begin());
+    }
+    void gather(std::span<const float> part, std::span<float> whole) override {
+        group_->parts[static_cast<std::size_t>(rank_)] = part;
+        barrier();
+        auto to = whole.begin();
+        for (std::size_t r = 0; rank_ == 0 && r < group_->parts.size(); ++r)
+            to = std::copy(group_->parts[r].begin(), group_->parts[r].end(), to);
+        barrier();
+    }
+    void broadcast(std::vector<std::byte>& message) override {
+        if (rank_ == 0) group_->message = &message;
+        barrier();
+        if (rank_ != 0) message = *group_->message;
+        barrier();
+    }
+    void barrier() override {
+        Group& g = *group_;
+        const std::uint32_t meeting = g.meeting.load(std::memory_order_acquire);
+        if (!(meeting & 1) && g.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == g.ranks) {
+            g.arrived.store(0, std::memory_order_relaxed);
+            g.meeting.fetch_add(2);
+            g.meeting.notify_all();
+            return;
+        }
+        if (!(meeting & 1)) wait_for_change(g.meeting, meeting);
+        if (g.meeting.load() >> 1 == meeting >> 1)
+            fail(Code::device, "rank " + std::to_string(rank_), "another rank gave up", "its failure", "an answer",
+                 "See the error of that rank");
+    }
+    void abort() noexcept override {
+        group_->meeting.fetch_or(1);
+        group_->meeting.notify_all();
+    }
+    void mend() const {  // once no rank is inside any more
+        group_->meeting = 0, group_->arrived = 0;
+    }
+
+private:
+    std::shared_ptr<Group> group_;
+    int rank_;
+};
+
+std::vector<std::shared_ptr<InProcess>> ranks_in_process(int ranks) {
+    const auto group = std::make_shared<InProcess::Group>(ranks);
+    std::vector<std::shared_ptr<InProcess>> communicators;
+    for (int r = 0; r < ranks; ++r) communicators.push_back(std::make_shared<InProcess>(group, r));
+    return communicators;
+}
+
+// All ranks of a model as threads of this process: a back end and a cache for each.
+class LocalRanks final : public Backend {
+public:
+    LocalRanks(Device& device, const Model& model, const Options& options)
+        : vocabulary_(static_cast<std::size_t>(model.config().vocab_size)), communicators_(ranks_in_process(options.ranks)),
+          backends_(communicators_.size()), failures_(communicators_.size()), batches_(communicators_.size()),
+          team_(options.ranks) {
+        if (team_.threads() != options.ranks)
+            fail(Code::memory, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
+                 std::to_string(options.ranks), "Use fewer ranks");
+        on_all([&](std::size_t rank) {
+            Options own = options;
+            own.communicator = communicators_[rank];
+            backends_[rank] = device.open(model, own);
+        });
+    }
+
+    std::unique_ptr<KVCache> make_cache() override {
+        auto cache = std::make_unique<Cache>();
+        cache->parts.resize(backends_.size());
+        on_all([&](std::size_t rank) { cache->parts[rank] = backends_[rank]->make_cache(); });
+        return cache;
+    }
+    int max_rows() const override { return backends_[0]->max_rows(); }
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        int wanted = 0;
+        for (const Row& row : batch.rows) wanted += row.wants_logits;
+        logits_.resize(static_cast<std::size_t>(wanted) * vocabulary_);
+        bool done = true;  // by all or by none
+        on_all([&](std::size_t rank) {
+            std::vector<Row>& rows = batches_[rank];
+            rows.assign(batch.rows.begin(), batch.rows.end());
+            for (Row& row : rows) row.cache = static_cast<Cache*>(row.cache)->parts[rank].get();
+            const bool own = backends_[rank]->step({rows}, rank == 0 ? cancel : nullptr);
+            if (rank == 0) done = own;
+        });
+        auto to = logits_.begin();
+        for (int i = 0; done && i < wanted; ++i)
+            for (const auto& backend : backends_) to = std::ranges::copy(backend->logits(i), to).out;
+        return done;
+    }
+    std::span<const float> logits(int i) const override {
+        return std::span(logits_).subspan(static_cast<std::size_t>(i) * vocabulary_, vocabulary_);
+    }
+    StageTimes stage_times() const override { return backends_[0]->stage_times(); }
+    std::string describe() const override { return communicators_[0]->describe() + ", each " + backends_[0]->describe(); }
+
+private:
+    struct Cache final : KVCache {
+        std::vector<std::unique_ptr<KVCache>> parts;  // of each rank
+        int capacity() const override { return parts[0]->capacity(); }
+    };
+    // f(rank) on every rank's thread. One that fails frees the others from waiting for it, and is the one to be heard of.
+    template <class F>
+    void on_all(const F& f) {
+        first_failure_ = -1;
+        team_.run(barrier_, [&](int rank, int) {
+            try {
+                f(static_cast<std::size_t>(rank));
+            } catch (...) {
+                int none = -1;
+                failures_[static_cast<std::size_t>(rank)] = std::current_exception();
+                first_failure_.compare_exchange_strong(none, rank);
+                communicators_[0]->abort();
+            }
+        });
+        if (first_failure_ < 0) return;
+        communicators_[0]->mend();
+        const std::exception_ptr failure = failures_[static_cast<std::size_t>(first_failure_)];
+        std::ranges::fill(failures_, nullptr);
+        std::rethrow_exception(failure);
+    }
+
+    std::size_t vocabulary_;
+    std::vector<std::shared_ptr<InProcess>> communicators_;
+    std::vector<std::unique_ptr<Backend>> backends_;
+    std::vector<std::exception_ptr> failures_;
+    std::vector<std::vector<Row>> batches_;
+    std::vector<float> logits_;
+    std::atomic<int> first_failure_{-1};
+    Barrier barrier_;
+    ThreadTeam team_;
+};
+
+std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options) {
+    share_of(model.config(), model.weights(), 0, options.ranks);  // for its error
+    return std::make_unique<LocalRanks>(device, model, options);
+}
+
+// ── Ranks in several processes ──
+
+// What rank 0 tells the others; `count` rows follow a step. Back ends and caches are known by where they are on rank 0.
+struct Command {
+    enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
+    Format kv;
+    std::int32_t context, chunk, index, count;
+    std::uint64_t backend, cache;
+};
+struct CommandRow {
+    std::int32_t token, position;
+    std::uint64_t cache, wants_logits;
+};
+std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr_t>(object); }
+
+void tell(Communicator& communicator, const Command& command, std::span<const CommandRow> rows = {}) {
+    std::vector<std::byte> message(sizeof command + rows.size_bytes());
+    std::memcpy(message.data(), &command, sizeof command);
+    if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
+    communicator.broadcast(message);
+}
+
+// Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
+void check_same_model(Communicator& communicator, const Model& model) {
+    std::uint64_t hash = identity_of(model);
+    std::array<float, 4> words;
+    for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
+    std::vector<float> all(communicator.rank() == 0 ? words.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
+    communicator.gather(words, all);
+    std::string others;
+    for (std::size_t i = 0; i < all.size(); i += words.size())
+        if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
+            others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
+    if (!others.empty())
+        fail(Code::format, "model", "not all ranks have the same model and version",
+             "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
+}
+
+// The best k logits of a rank's part of a row: [k] values and [k] ids as floats, which are exact up to 2^24. NaN is no logit, as
+// in Sampler::sample; what is missing is NaN.
+std::vector<float> best_candidates(std::span<const float> logits, int first_id, int k) {
+    std::vector<Candidate> best;
+    for (std::size_t i = 0; i < logits.size(); ++i)
+        if (logits[i] == logits[i]) best.emplace_back(logits[i], first_id + static_cast<int>(i));
+    const auto n = std::min(best.size(), static_cast<std::size_t>(k));
+    std::partial_sort(best.begin(), best.begin() + static_cast<std::ptrdiff_t>(n), best.end(), more_likely);
+    std::vector<float> flat(2 * static_cast<std::size_t>(k), std::numeric_limits<float>::quiet_NaN());
+    for (std::size_t i = 0; i < n; ++i)
+        flat[i] = best[i].first, flat[static_cast<std::size_t>(k) + i] = static_cast<float>(best[i].second);
+    return flat;
+}
+
+// Rank 0's side: every call is told to the others, and done here as well.
+class LeadBackend final : public Backend {
+public:
+    LeadBackend(Device& device, const Model& model, const Options& options)
+        : communicator_(options.communicator), vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
+        if (communicator_->rank() != 0)
+            fail(Code::argument, "Session", "this process is not the one that leads",
+                 "rank " + std::to_string(communicator_->rank()), "rank 0", "Call follow() here");
+        Command command = about(Command::Kind::open);
+        command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
+        tell(*communicator_, command);
+        check_same_model(*communicator_, model);
+        backend_ = device.open(model, options);
+    }
+    ~LeadBackend() override { tell_quietly(*communicator_, about(Command::Kind::close)); }
+
+    std::unique_ptr<KVCache> make_cache() override {
+        auto cache = std::make_unique<Cache>(communicator_);
+        Command command = about(Command::Kind::make_cache);
+        command.cache = name_of(cache.get());
+        tell(*communicator_, command);
+        cache->local = backend_->make_cache();
+        return cache;
+    }
+    int max_rows() const override { return backend_->max_rows(); }
+    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+        std::vector<CommandRow> told;
+        std::vector<Row> rows(batch.rows.begin(), batch.rows.end());
+        for (Row& row : rows) {
+            told.push_back({row.token, row.position, name_of(row.cache), row.wants_logits});
+            row.cache = static_cast<Cache*>(row.cache)->local.get();
+        }
+        row_ = -1;
+        tell(*communicator_, about(Command::Kind::step), told);
+        return backend_->step({rows}, cancel);
+    }
+    std::span<const float> logits(int i) const override {
+        if (row_ == i) return whole_;
+        whole_.resize(vocabulary_);
+        tell(*communicator_, about(Command::Kind::logits, i));
+        communicator_->gather(backend_->logits(i), whole_);
+        row_ = i;
+        return whole_;
+    }
+    // Where the best few of each rank decide, only those travel.
+    int draw(int i, const Sampling& sampling, std::uint64_t random) override {
+        const int k = sampling.temperature == 0 ? 1 : sampling.top_k;
+        if (k < 1 || k > 64) return -1;
+        if (row_ != i) {
+            const std::size_t n = static_cast<std::size_t>(k);
+            std::vector<float> gathered(2 * n * static_cast<std::size_t>(communicator_->ranks()));
+            tell(*communicator_, about(Command::Kind::candidates, i, k));
+            communicator_->gather(best_candidates(backend_->logits(i), 0, k), gathered);
+            row_ = -1;
+            whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
+            for (std::size_t at = 0; at < gathered.size(); at += at % n == n - 1 ? n + 1 : 1)
+                if (gathered[at] == gathered[at]) whole_[static_cast<std::size_t>(gathered[at + n])] = gathered[at];
+        }
+        const FloatEnvironment environment;
+        return draw_token(whole_, sampling, random, candidates_);
+    }
+    StageTimes stage_times() const override { return backend_->stage_times(); }
+    std::string describe() const override { return communicator_->describe() + ", rank 0: " + backend_->describe(); }
+
+private:
+    struct Cache final : KVCache {
+        std::shared_ptr<Communicator> communicator;
+        std::unique_ptr<KVCache> local;
+        explicit Cache(std::shared_ptr<Communicator> c) : communicator(std::move(c)) {}
+        ~Cache() override {
+            Command command{};
+            command.kind = Command::Kind::free_cache, command.cache = name_of(this);
+            tell_quietly(*communicator, command);
+        }
+        int capacity() const override { return local->capacity(); }
+    };
+    static void tell_quietly(Communicator& communicator, const Command& command) noexcept {
+        try {
+            tell(communicator, command);
+        } catch (...) {  // the others are gone: nothing is left to be freed there
+        }
+    }
+    Command about(Command::Kind kind, int index = 0, int count = 0) const {
+        Command command{};
+        command.kind = kind, command.index = index, command.count = count, command.backend = name_of(this);
+        return command;
+    }
+
+    std::shared_ptr<Communicator> communicator_;
+    std::size_t vocabulary_;
+    std::unique_ptr<Backend> backend_;
+    mutable std::vector<float> whole_;
+    mutable int row_ = -1;  // which row whole_ is
+    std::vector<Candidate> candidates_;
+};
+
+std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const Options& options) {
+    if (options.communicator && options.ranks > 1) return std::make_unique<LeadBackend>(device, model, options);
+    return device.open(model, options);
+}
+
+}  // namespace detail
+
+void follow(const Model& model, const Options& options) {
+    using Kind = detail::Command::Kind;
+    Options own = detail::checked_options(model.config(), options);
+    if (!own.communicator || own.communicator->rank() == 0)
+        detail::fail(Code::argument, "follow", "this process leads", own.communicator ? "rank 0" : "no communicator",
+                     "another rank of several", "Make a Session here");
+    Communicator& communicator = *own.communicator;
+    const std::shared_ptr<Device> device = own.device ? own.device : cpu();
+    const int first_logit = detail::border(model.config().vocab_size, panel_rows, communicator.rank(), own.ranks);
+    std::map<std::uint64_t, std::unique_ptr<Backend>> backends;
+    std::map<std::uint64_t, std::unique_ptr<KVCache>> caches;
+    std::vector<std::byte> message;
+    std::vector<Row> rows;
+    for (;;) {
+        communicator.broadcast(message);
+        if (message.empty()) return;
+        detail::Command command{};
+        if (message.size() < sizeof command)
+            detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
+                         "a command", "Run the same version of the program on all ranks");
+        std::memcpy(&command, message.data(), sizeof command);
+        std::unique_ptr<Backend>& backend = backends[command.backend];
+        switch (command.kind) {
+            case Kind::open:
+                detail::check_same_model(communicator, model);
+                own.kv = command.kv, own.context = command.context, own.chunk = command.chunk;
+                backend = device->open(model, own);
+                break;
+            case Kind::close: backends.erase(command.backend); break;
+            case Kind::make_cache: caches[command.cache] = backend->make_cache(); break;
+            case Kind::free_cache: caches.erase(command.cache); break;
+            case Kind::step:
+                rows.clear();
+                for (std::size_t at = sizeof command; at < message.size(); at += sizeof(detail::CommandRow)) {
+                    const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
+                    rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
+                }
+                backend->step({rows}, nullptr);
+                break;
+            case Kind::logits: communicator.gather(backend->logits(command.index), {}); break;
+            case Kind::candidates:
+                communicator.gather(detail::best_candidates(backend->logits(command.index), first_logit, command.count), {});
+        }
+    }
+}
+
+#ifdef LLAMA3_MPI
+namespace detail {
+
+// Ranks that are processes. Sums are gathered by all and joined here: MPI's own reductions have no fixed order.
+class MpiRanks final : public Communicator {
+public:
+    explicit MpiRanks(double timeout_seconds) : timeout_seconds_(timeout_seconds) {
+        int initialised = 0, provided = 0;
+        MPI_Initialized(&initialised);
+        if (!initialised) check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
+        owner_ = !initialised;
+        check(MPI_Comm_dup(MPI_COMM_WORLD, &world_), "MPI_Comm_dup");
+        MPI_Comm_set_errhandler(world_, MPI_ERRORS_RETURN);
+        MPI_Comm_rank(world_, &rank_);
+        MPI_Comm_size(world_, &ranks_);
+    }
+    ~MpiRanks() override {
+        try {
+            std::vector<std::byte> nothing;
+            if (rank_ == 0 && !failed_) broadcast(nothing);
+        } catch (...) {  // the others are gone
+        }
+        if (failed_) return;  // MPI_Finalize would wait for them
+        MPI_Comm_free(&world_);
+        if (owner_) MPI_Finalize();
+    }
+    int rank() const override { return rank_; }
+    int ranks() const override { return ranks_; }
+    std::string describe() const override {
+        char version[MPI_MAX_LIBRARY_VERSION_STRING];
+        int length = 0;
+        MPI_Get_library_version(version, &length);
+        const std::string_view text(version, static_cast<std::size_t>(length));
+        return to_text(ranks_, " processes, MPI (", text.substr(0, text.find_first_of(",\n")), ")");
+    }
+    void all_reduce_sum(std::span<float> values) override {
+        constexpr std::size_t most = 1 << 16;  // at a time: bounds the memory
+        const std::size_t ranks = static_cast<std::size_t>(ranks_);
+        std::vector<const float*> parts(ranks);
+        for (std::size_t first = 0; first < values.size(); first += most) {
+            const std::size_t n = std::min(most, values.size() - first);
+            if (gathered_.size() < n * ranks) gathered_.resize(n * ranks);
+            MPI_Request request;
+            check(MPI_Iallgather(values.data() + first, static_cast<int>(n), MPI_FLOAT, gathered_.data(), static_cast<int>(n),
+                                 MPI_FLOAT, world_, &request),
+                  "MPI_Iallgather");
+            finish(request, "a sum");
+            for (std::size_t r = 0; r < ranks; ++r) parts[r] = gathered_.data() + r * n;
+            join_ranks(values.data() + first, parts, n);
+        }
+    }
+    void gather(std::span<const float> part, std::span<float> whole) override {
+        MPI_Request request;
+        if (rank_ != 0) {
+            check(MPI_Isend(part.data(), static_cast<int>(part.size()), MPI_FLOAT, 0, 0, world_, &request), "MPI_Isend");
+            finish(request, "a gather");
+            return;
+        }
+        auto to = std::copy(part.begin(), part.end(), whole.begin());
+        for (int r = 1; r < ranks_; ++r) {
+            int count = 0;
+            check(MPI_Irecv(std::to_address(to), static_cast<int>(whole.end() - to), MPI_FLOAT, r, 0, world_, &request),
+                  "MPI_Irecv");
+            const MPI_Status status = finish(request, "a gather");
+            MPI_Get_count(&status, MPI_FLOAT, &count);
+            to += count;
+        }
+    }
+    void broadcast(std::vector<std::byte>& message) override {
+        std::uint64_t bytes = message.size();
+        MPI_Request request;
+        check(MPI_Ibcast(&bytes, 1, MPI_UINT64_T, 0, world_, &request), "MPI_Ibcast");
+        finish(request, rank_ == 0 ? "a command" : nullptr);
+        message.resize(static_cast<std::size_t>(bytes));
+        if (bytes == 0) return;
+        check(MPI_Ibcast(message.data(), static_cast<int>(bytes), MPI_BYTE, 0, world_, &request), "MPI_Ibcast");
+        finish(request, "a command");
+    }
+    void barrier() override {
+        MPI_Request request;
+        check(MPI_Ibarrier(world_, &request), "MPI_Ibarrier");
+        finish(request, "a barrier");
+    }
+    void abort() noexcept override { MPI_Abort(world_, 1); }
+
+private:
+    void check(int status, const char* call) {
+        if (status == MPI_SUCCESS) return;
+        char text[MPI_MAX_ERROR_STRING];
+        int length = 0;
+        MPI_Error_string(status, text, &length);
+        failed_ = true;
+        fail(Code::device, to_text("rank ", rank_, ", ", call), "MPI failed",
+             std::string(text, static_cast<std::size_t>(length)), "success", "See what happened to the other ranks");
+    }
+    // Waits: for an answer as long as is allowed, for the next command (what: nullptr) as long as it takes, but then asleep.
+    MPI_Status finish(MPI_Request& request, const char* what) {
+        const auto began = std::chrono::steady_clock::now();
+        MPI_Status status;
+        for (int tries = 0, done = 0;; ++tries) {
+            check(MPI_Test(&request, &done, &status), "MPI_Test");
+            if (done) return status;
+            if (tries < 1000) {
+                pause_briefly();
+                continue;
+            }
+            std::this_thread::yield();
+            const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+            if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            if (!what || waited < (failed_ ? 0 : timeout_seconds_)) continue;
+            failed_ = true;
+            fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
+                 to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
+                 "See whether they still run, or wait longer: mpi(timeout_seconds)");
+        }
+    }
+
+    double timeout_seconds_;
+    bool owner_ = false, failed_ = false;
+    MPI_Comm world_ = MPI_COMM_NULL;
+    int rank_ = 0, ranks_ = 1;
+    std::vector<float> gathered_;
+};
+
+}  // namespace detail
+
+std::shared_ptr<Communicator> mpi(double timeout_seconds) { return std::make_shared<detail::MpiRanks>(timeout_seconds); }
+#endif
+
 }  // namespace llama3
 
 // ═══ Part IV: Plumbing ═════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -4443,22 +5393,6 @@ constexpr struct {
 };
 constexpr std::size_t chat_format_offset = 56, tied_offset = 60, end_count_offset = 76, end_tokens_offset = 80;
 constexpr std::size_t max_end_tokens = 8;
-
-// Text of its parts, numbers among them.
-template <class... Parts>
-std::string to_text(const Parts&... parts) {
-    std::string text;
-    const auto add = [&](const auto& part) {
-        if constexpr (std::is_floating_point_v<std::decay_t<decltype(part)>>) {
-            char digits[32];
-            std::snprintf(digits, sizeof digits, "%.7g", static_cast<double>(part));
-            text += digits;
-        } else if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
-        else text += part;
-    };
-    (add(parts), ...);
-    return text;
-}
 
 // Compares what a file (or a caller) gives with what it must be.
 struct Check {
@@ -4840,18 +5774,25 @@ std::string write_table(const std::vector<TensorInfo>& tensors) {
 
 // A whole file in memory, allocated once. `fill` writes the bytes of a tensor in place; they are zeros before.
 using FillTensor = std::function<void(const TensorInfo& tensor, std::byte* bytes)>;
+std::vector<TensorInfo> tensors_of_type(const Config& config, Format format) {
+    std::vector<TensorInfo> tensors = required_tensors(config);
+    for (TensorInfo& t : tensors) {
+        const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
+        t.format = t.dimensions == 1 ? Format::f32 : sensitive ? Format::q8 : format;
+    }
+    return tensors;
+}
+
 AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Format format, const std::string& provenance,
                           bool checksums, const FillTensor& fill) {
     const Check check{"configuration", choose_another, Code::argument};
     check_config(check, config);
-    std::vector<TensorInfo> tensors = required_tensors(config);
+    std::vector<TensorInfo> tensors = tensors_of_type(config, format);
     std::string parts[4] = {write_config(config), write_tokenizer(vocabulary), write_table(tensors), provenance};
     std::uint64_t offsets[4], end = header_bytes;
     for (std::size_t i = 0; i < 4; ++i) offsets[i] = align(end, 8), end = offsets[i] + parts[i].size();
     end = align(end, 4096);
     for (TensorInfo& t : tensors) {
-        const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
-        t.format = t.dimensions == 1 ? Format::f32 : sensitive ? Format::q8 : format;
         t.offset = align(end, 64), t.bytes = tensor_bytes(t), end = t.offset + t.bytes;
     }
     check.range<std::uint64_t>("the size of the model", end, 0, std::numeric_limits<std::size_t>::max());
@@ -5012,14 +5953,23 @@ void Model::verify() const {
     }
 }
 
+// A hash of what the file says of itself: configuration, tokenizer, tensors and their checksums.
+std::uint64_t detail::identity_of(const Model& model) {
+    std::string identity = LLAMA3_VERSION;
+    for (const auto& section : model.impl().sections) append(identity, section.bytes, section.checksum);
+    return blake2b(std::as_bytes(std::span(identity)));
+}
+
 MemoryPlan Model::plan(const Options& options) const {
-    Options o = detail::checked_options(impl_->config, options);
-    if (!o.device) o.device = cpu();
-    MemoryPlan plan;
-    for (const TensorInfo& t : impl_->tensors) plan.weights_bytes += t.bytes;
-    plan.cache_bytes = o.device->cache_bytes(impl_->config, o);
-    plan.activations_bytes = o.device->activations_bytes(impl_->config, o);
-    return plan;
+    return detail::plan_ranks(impl_->config, impl_->weights, detail::checked_options(impl_->config, options));
+}
+
+MemoryPlan plan_memory(const Config& config, Format format, const Options& options) {
+    Config c = config;
+    c.attention_out_segments = detail::out_segments(c), c.down_segments = detail::down_segments(c);
+    detail::check_config({"plan_memory", detail::choose_another, Code::argument}, c);
+    const Weights nowhere = detail::bind_weights(nullptr, c, detail::tensors_of_type(c, format));
+    return detail::plan_ranks(c, nowhere, detail::checked_options(c, options));
 }
 
 }  // namespace llama3
@@ -5235,6 +6185,10 @@ CpuFeatures cpu_features() {
         features.avx_vnni = features.avx2_fma_f16c && has(a, 4);
         features.avx512_bf16 = features.avx512 && has(a, 5);
     }
+#elif defined(__ARM_FEATURE_DOTPROD)  // what the compiler takes for granted, as Apple's does for a Mac
+    features.dotprod = true;
+#elif defined(__aarch64__) && defined(__linux__)
+    features.dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return features;
 }

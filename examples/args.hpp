@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <initializer_list>
 #include <iostream>
 #include <limits>
 #include <optional>
@@ -96,6 +97,23 @@ std::string parse_value(std::string_view text, std::optional<Value>& value, Rang
     return parse_value(text, value.emplace(), range);
 }
 
+// Where mpirun, or another of its kind, has put this process. Asked of the environment, so that a program which is alone never
+// starts MPI, and one that needs no ranks does not either.
+struct Place {
+    int rank = 0, processes = 1, local_rank = 0, local_processes = 1;  // local: of this machine
+    Place() {
+        const auto take = [](int& value, std::initializer_list<const char*> names) {  // Open MPI; MPICH and its kin; Slurm
+            for (const char* name : names)
+                if (const char* text = std::getenv(name); text && parse_value(text, value, Range{0}).empty()) return;
+        };
+        take(rank, {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"});
+        take(processes, {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"});
+        if (std::getenv("PMIX_RANK")) take(processes, {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"});
+        take(local_rank, {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"});
+        take(local_processes, {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"});
+    }
+};
+
 class Args {
 public:
     Args(std::string synopsis, std::string about) : synopsis_(std::move(synopsis)), about_(std::move(about)) {}
@@ -133,6 +151,7 @@ public:
     // One line in the form of the library's errors.
     [[noreturn]] void wrong(const std::string& where, const std::string& what, const std::string& found,
                             const std::string& expected) const {
+        if (Place().rank > 0) std::exit(0);  // rank 0 says it
         const std::string line = json_text(where);
         std::cerr << line.substr(1, line.size() - 2) << ": " << what << " (found " << found << ", expected " << expected
                   << "). See " << program_ << " --help.\n";
@@ -156,6 +175,7 @@ private:
     }
 
     [[noreturn]] void usage() const {
+        if (Place().rank > 0) std::exit(0);
         std::cout << "usage: " << program_ << ' ' << synopsis_ << "\n\n" << about_ << "\n\n";
         for (const Flag& flag : flags_)
             std::cout << "  " << flag.spec << std::string(flag.spec.size() < 30 ? 30 - flag.spec.size() : 1, ' ') << flag.help

@@ -1,40 +1,11 @@
 // How fast a model runs, as a share of what the machine could do at best: decode is bound by reading the weights, prefill by
 // multiplying. Both limits are measured in the same process, right before and after what is held against them.
 #include <iomanip>
+#include <map>
 #include <numeric>
 
-#include "common.hpp"
 #include "limits.hpp"
-
-// The shapes of the released models.
-llama3::Config released(const std::string& name) {
-    struct Shape {
-        const char *name, *size;
-        int layers, dim, heads, head_dim, ffn;
-        float rope_factor;
-        bool tied;
-    };
-    static const Shape shapes[] = {{"llama-3.2-1b", "1b", 16, 2048, 32, 64, 8192, 32, true},
-                                   {"llama-3.2-3b", "3b", 28, 3072, 24, 128, 8192, 32, true},
-                                   {"llama-3.1-8b", "8b", 32, 4096, 32, 128, 14336, 8, false},
-                                   {"llama-3.1-70b", "70b", 80, 8192, 64, 128, 28672, 8, false}};
-    std::string names;
-    for (const Shape& s : shapes) {
-        names += (names.empty() ? "" : ", ") + std::string(s.name);
-        if (name != s.name && name != s.size) continue;
-        llama3::Config config;
-        config.n_layers = s.layers, config.dim = s.dim, config.n_heads = s.heads, config.n_kv_heads = 8,
-        config.head_dim = s.head_dim;
-        config.ffn_dim = s.ffn, config.vocab_size = 128256, config.context_length = 131072;
-        config.rope_factor = s.rope_factor, config.rope_low_freq_factor = 1, config.rope_high_freq_factor = 4;
-        config.rope_original_context = 8192, config.tied_embedding = s.tied;
-        config.attention_out_segments = config.down_segments = llama3::max_segments;
-        config.begin_token = 128000, config.end_tokens = {128001, 128008, 128009};
-        return config;
-    }
-    fail(llama3::Code::argument,
-         "--synthetic: no such model (found " + json_text(name) + ", expected " + names + "). Use one of these.");
-}
+#include "released.hpp"
 
 std::string rounded(double value) { return json(std::round(value * 100) / 100); }
 
@@ -55,7 +26,8 @@ struct Samples {
 };
 
 struct Result {
-    int threads, batch, context;
+    int ranks, threads, batch, context;  // threads of each rank
+    std::string transport;               // between the ranks
     Samples prefill_tps, prefill_share, decode_tps, decode_gbs, decode_share;
     llama3::StageTimes prefill_stages, decode_stages;  // seconds, of all repetitions
 };
@@ -67,6 +39,9 @@ void add_stages(llama3::StageTimes& sum, const llama3::StageTimes& before, const
 
 double share_of_all(const llama3::StageTimes& stages, std::size_t stage) {
     return stages[stage] / std::accumulate(stages.begin(), stages.end(), 0.0);
+}
+double communicating(const llama3::StageTimes& stages) {
+    return share_of_all(stages, static_cast<std::size_t>(llama3::Stage::communicate));
 }
 
 // What one pass over a model costs.
@@ -96,6 +71,10 @@ struct Bench {
     limits::Memory memory;
     bool own_bf16;  // the instruction set multiplies bf16 with an instruction of its own
 
+    // Threads of all ranks, for what they are held against: none where ranks are processes, which this one does not drive.
+    int all_threads(int threads) const { return options.communicator ? 0 : threads * options.ranks; }
+    double read_rate(int threads) const { return options.communicator ? 0 : memory.rate(all_threads(threads)); }
+    double multiply_rate(int threads) const { return options.communicator ? 0 : multiply().rate(all_threads(threads)); }
     const limits::Multiply& multiply() const {
         if (type == "f32" || (type == "bf16" && !own_bf16)) return machine.f32;
         return type == "bf16" ? machine.bf16 : machine.int8;
@@ -110,13 +89,13 @@ struct Bench {
     void prefill(llama3::Session& session, const Work& work, Result& result) const {
         session.rewind(0);
         const std::vector<int> ids = tokens(prompt, 0);
-        const double before = multiply().rate(result.threads);
+        const double before = multiply_rate(result.threads);
         const llama3::StageTimes stages = session.stage_times();
         const double start = limits::seconds();
         session.feed(ids);
         const double time = limits::seconds() - start;
         add_stages(result.prefill_stages, stages, session.stage_times());
-        const double rate = (before + multiply().rate(result.threads)) / 2;
+        const double rate = (before + multiply_rate(result.threads)) / 2;
         const double operations = 2 * (work.layer_macs * prompt + work.output_macs);
         result.prefill_tps.add(prompt / time);
         if (rate > 0 && device == "cpu") result.prefill_share.add(operations / time * 1e-9 / rate);
@@ -129,11 +108,12 @@ struct Bench {
             if (result.context > 0) session.feed(tokens(result.context, 0));
             pointers.push_back(&session);
         }
-        const double before = memory.rate(result.threads);
+        const double before = read_rate(result.threads);
         const llama3::StageTimes stages = sessions[0].stage_times();
         const double start = limits::seconds();
         llama3::Sampler greedy({.temperature = 0});
-        const bool draws = result.batch == 1 && device != "cpu";  // a GPU draws the tokens itself: measured as generate() runs it
+        const bool draws =
+            result.batch == 1 && device != "cpu";  // a GPU draws the tokens itself: measured as generate() runs it
         if (draws) {
             if (result.context == 0) sessions[0].feed(tokens(1, 0));
             llama3::generate(sessions[0], {}, greedy, {predict, true, false}, {});
@@ -145,27 +125,28 @@ struct Bench {
         }
         const double time = limits::seconds() - start;
         add_stages(result.decode_stages, stages, sessions[0].stage_times());
-        const double after = memory.rate(result.threads);
+        const double after = read_rate(result.threads);
         const double position_bytes =
-            static_cast<double>(options.device->cache_bytes(model.config(), options)) / options.context;
+            static_cast<double>(options.device->cache_bytes(model.config(), options)) / options.context;  // of all ranks
         const double cache_bytes = result.batch * position_bytes * (result.context + predict / 2.0);
         const double gbs = (static_cast<double>(memory.bytes()) + cache_bytes) * predict / time * 1e-9;
-        reads.add(before), reads.add(after);
+        if (before > 0) reads.add(before), reads.add(after);
         result.decode_tps.add(static_cast<double>(predict) * result.batch / time);
         result.decode_gbs.add(gbs);
-        if (device == "cpu") result.decode_share.add(2 * gbs / (before + after));
+        if (device == "cpu" && before > 0) result.decode_share.add(2 * gbs / (before + after));
     }
 
-    Result measure(const Work& work, int threads, int batch, int depth, Samples& reads) {
-        options.threads = threads;
+    Result measure(const Work& work, int batch, int depth, const std::string& transport, Samples& reads) {
         options.context = std::max(prompt, depth + predict) + 2;
         if (device != "cpu") options.chunk = 4096;
         std::vector<llama3::Session> sessions;
         for (int b = 0; b < batch; ++b) sessions.emplace_back(model, options);
-        Result result{threads, batch, depth, {}, {}, {}, {}, {}, {}, {}}, warm_up = result;
+        const int ranks = options.ranks, threads = options.threads;
+        Result result{ranks, threads, batch, depth, transport, {}, {}, {}, {}, {}, {}, {}}, warm_up = result;
         Samples ignored;
         for (int r = 0; r <= repetitions; ++r) {
-            std::cerr << name << ' ' << type << ", " << threads << " threads, batch " << batch << ", context " << depth << ": "
+            std::cerr << name << ' ' << type << ", " << ranks << " ranks, " << threads << " threads, batch " << batch
+                      << ", context " << depth << ": "
                       << (r == 0 ? "warming up" : std::to_string(r) + " of " + std::to_string(repetitions)) << '\n';
             if (prompt > 0) prefill(sessions[0], work, r == 0 ? warm_up : result);
             if (predict > 0) decode(sessions, r == 0 ? warm_up : result, r == 0 ? ignored : reads);
@@ -199,37 +180,48 @@ int main(int argc, char** argv) {
     std::optional<llama3::Format> asked_type;
     llama3::Options options;
     int prompt = 512, predict = 128, repetitions = 5;
-    std::vector<int> threads = {0}, batches = {1}, depths = {0};
+    std::vector<int> threads = {0}, batches = {1}, depths = {0}, ranks;
     bool as_json = false;
     args.add("-m, --model M", model_path, "model, an .l3 file (the demo model)", {1});
-    args.add("--synthetic NAME", synthetic,
-             "random weights in the shape of llama-3.2-1b, llama-3.2-3b, llama-3.1-8b or llama-3.1-70b");
+    args.add("--synthetic NAME", synthetic, std::string("random weights in the shape of ") + released_names);
     args.add("--type FORMAT", asked_type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
     args.add("-p, --n-prompt N", prompt, "tokens of a prefill, 0: none (512)", {0});
     args.add("-n, --n-gen N", predict, "tokens of a decode, 0: none (128)", {0});
     args.add("-d, --n-depth LIST", depths, "tokens in the cache before the decode (0)", {0});
     args.add("--batch LIST", batches, "sequences decoded together (1)", {1});
-    args.add("-t, --threads LIST", threads, "CPU threads, 0: all (0)", {0});
+    args.add("-t, --threads LIST", threads, "CPU threads of each rank, 0: all, shared by the ranks (0)", {0});
     args.add("-r, --repetitions N", repetitions, "repetitions (5)", {1});
     args.add("--kv FORMAT", kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
     args.add("--device D", device_name, "cpu, cuda or cuda:0,1 (cpu)");
-    args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", {1});
+    args.add("--ranks LIST", ranks, ranks_help, {1});
     args.add("--json", as_json, "print one JSON object");
     args.parse(argc, argv);
     if (asked_type && synthetic.empty()) args.wrong("--type", "a file has its type", "no --synthetic", "--synthetic NAME");
     const llama3::Format type = asked_type.value_or(llama3::Format::q8);
     if (!model_path.empty() && !synthetic.empty()) args.wrong("-m", "one model at a time", "-m and --synthetic", "one of them");
 
+    if (Place().processes > 1 && (threads.size() > 1 || ranks.size() > 1))
+        args.wrong(threads.size() > 1 ? "-t" : "--ranks", "the processes of mpirun have their threads and ranks", "a list",
+                   "one value");
+
     return run([&] {
-        options.device = device(device_name);
         options.kv = kv.format;
+        options.threads = threads[0];
+        if (!ranks.empty()) options.ranks = ranks[0];
+        take_place(options, device_name);
+        if (ranks.empty() || options.communicator) ranks = {options.ranks};
+        if (options.communicator && options.threads > 0) threads = {options.threads};
         if (!synthetic.empty()) check_memory(released(synthetic), type);
         else if (model_path.empty()) model_path = demo_model();
         const llama3::Model model =
             synthetic.empty() ? llama3::Model::load(model_path) : llama3::Model::synthetic(released(synthetic), type);
-        options.context = 16;
-        const std::string description = options.device->open(model, options)->describe();
-        const std::string isa = description.substr(0, description.find_first_of(" ,:\n"));
+        options.context = 16, options.ranks = ranks[0];
+        follow_if_told(model, options);
+        const auto describe = [&] { return options.device->open(model, options)->describe(); };
+        const std::string description = describe();  // with several ranks it goes "..., each avx512, ..."
+        const std::size_t each = description.find("each ");
+        const std::string own = each == std::string::npos ? description : description.substr(each + 5);
+        const std::string isa = own.substr(0, own.find_first_of(" ,:\n"));
         const limits::Machine machine(isa);
         const Work work(model.weights());
         Bench bench{model,
@@ -246,15 +238,22 @@ int main(int argc, char** argv) {
 
         const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
         std::vector<Result> results;
+        std::map<int, Samples> reads;  // by number of threads
         Fields read_limit, int8_limit, bf16_limit, f32_limit, int8_tiles_limit, bf16_tiles_limit;
-        for (int t : threads) {
-            if (t == 0) t = all;
-            bench.memory.tune(t);
-            Samples reads;
-            for (const int batch : batches)
-                for (const int depth : depths) results.push_back(bench.measure(work, t, batch, depth, reads));
-            if (predict == 0) reads.add(bench.memory.rate(t));
-            read_limit.emplace_back(std::to_string(t), rounded(reads.median()));
+        for (const int t : threads)
+            for (const int r : ranks) {
+                bench.options.ranks = options.ranks = r;
+                bench.options.threads = options.threads = t > 0 ? t : std::max(1, all / r);
+                const int together = std::max(1, bench.all_threads(bench.options.threads));
+                bench.memory.tune(together);
+                const std::string transport = options.communicator ? options.communicator->describe() : r > 1 ? describe() : "";
+                for (const int batch : batches)
+                    for (const int depth : depths)
+                        results.push_back(bench.measure(work, batch, depth, transport, reads[together]));
+                if (reads[together].values.empty()) reads[together].add(bench.memory.rate(together));
+            }
+        for (const auto& [t, samples] : reads) {
+            read_limit.emplace_back(std::to_string(t), rounded(samples.median()));
             for (const auto& [limit, of] : {std::pair(&int8_limit, &machine.int8),
                                             {&bf16_limit, &machine.bf16},
                                             {&f32_limit, &machine.f32},
@@ -273,16 +272,19 @@ int main(int argc, char** argv) {
                                            : ", tiles " + int8_tiles_limit[i].second + " Gop/s and " +
                                                  bf16_tiles_limit[i].second + " GFLOP/s")
                           << '\n';
-            std::cout << "threads  batch  context  prefill tok/s  of peak  decode tok/s    GB/s  of read\n"
-                      << std::fixed << std::setprecision(2);
+            std::cout
+                << "ranks  threads  batch  context  prefill tok/s  of peak  decode tok/s    GB/s  of read  ms/step  exchange\n"
+                << std::fixed << std::setprecision(2);
             for (const Result& r : results)
-                std::cout << std::setw(7) << r.threads << std::setw(7) << r.batch << std::setw(9) << r.context << std::setw(15)
-                          << r.prefill_tps.median() << std::setw(9) << r.prefill_share.median() << std::setw(14)
-                          << r.decode_tps.median() << std::setw(8) << r.decode_gbs.median() << std::setw(9)
-                          << r.decode_share.median() << '\n';
+                std::cout << std::setw(5) << r.ranks << std::setw(9) << r.threads << std::setw(7) << r.batch << std::setw(9)
+                          << r.context << std::setw(15) << r.prefill_tps.median() << std::setw(9) << r.prefill_share.median()
+                          << std::setw(14) << r.decode_tps.median() << std::setw(8) << r.decode_gbs.median() << std::setw(9)
+                          << r.decode_share.median() << std::setw(9) << 1e3 * r.batch / r.decode_tps.median() << std::setw(10)
+                          << communicating(r.decode_stages) << '\n';
             for (const Result& r : results) {
-                std::cout << "time by stage, " << r.threads << " threads, batch " << r.batch << ", context " << r.context
-                          << ':';
+                if (!r.transport.empty()) std::cout << "ranks " << r.ranks << ": " << r.transport << '\n';
+                std::cout << "time by stage, " << r.ranks << " ranks, " << r.threads << " threads, batch " << r.batch
+                          << ", context " << r.context << ':';
                 for (const auto& [phase, stages] : {std::pair("prefill", &r.prefill_stages), {"decode", &r.decode_stages}}) {
                     std::cout << "\n    " << phase;
                     for (std::size_t i = 0; i < stages->size(); ++i)
@@ -296,13 +298,15 @@ int main(int argc, char** argv) {
         for (const Result& r : results) {
             Fields fields = {
                 {"model", json_text(bench.name)}, {"type", json_text(bench.type)},  {"device", json_text(device_name.name)},
-                {"threads", json(r.threads)},     {"ranks", json(options.ranks)},   {"batch", json(r.batch)},
+                {"threads", json(r.threads)},     {"ranks", json(r.ranks)},         {"batch", json(r.batch)},
                 {"context", json(r.context)},     {"prefill_tokens", json(prompt)}, {"decode_tokens", json(predict)}};
             r.prefill_tps.put(fields, "prefill_tps");
             r.prefill_share.put(fields, "prefill_share");
             r.decode_tps.put(fields, "decode_tps");
             r.decode_gbs.put(fields, "decode_gbs");
             r.decode_share.put(fields, "decode_share");
+            fields.emplace_back("transport", r.transport.empty() ? "null" : json_text(r.transport));
+            fields.emplace_back("communicate_share", json(communicating(r.decode_stages)));
             for (const auto& [name, stages] :
                  {std::pair("prefill_stages", &r.prefill_stages), {"decode_stages", &r.decode_stages}}) {
                 Fields shares;

@@ -2,9 +2,12 @@
 #ifndef LLAMA3_EXAMPLES_COMMON_HPP
 #define LLAMA3_EXAMPLES_COMMON_HPP
 
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
+#include <thread>
 #include <utility>
 
 #include "args.hpp"
@@ -17,25 +20,65 @@
 #define LLAMA3_DATA_DIR "/usr/local/share/llama3"
 #endif
 
+[[noreturn]] inline void fail(llama3::Code code, const std::string& message) { throw llama3::Error(code, message); }
+
+// The processes that mpirun has started with this one (§13): rank 0 runs the program, the others follow it and are quiet.
+struct Followed {};  // thrown by a rank that has followed to the end
+
+inline std::weak_ptr<llama3::Communicator>& world() {
+    static std::weak_ptr<llama3::Communicator> communicator;  // whoever has the options owns it
+    return communicator;
+}
+inline std::shared_ptr<llama3::Communicator> join_world([[maybe_unused]] const Place& place) {
+#ifdef LLAMA3_MPI
+    const char* text = std::getenv("LLAMA3_RANK_TIMEOUT");
+    double timeout_seconds = 120;
+    if (const std::string expected = text ? parse_value(text, timeout_seconds, Range{0}) : ""; !expected.empty())
+        fail(llama3::Code::argument,
+             "LLAMA3_RANK_TIMEOUT: not a time (found " + json_text(text) + ", expected " + expected + "). Set it to seconds.");
+    const std::shared_ptr<llama3::Communicator> communicator = llama3::mpi(timeout_seconds);
+    world() = communicator;
+    return communicator;
+#else
+    fail(llama3::Code::device, "mpirun: this program was built without MPI (found " + std::to_string(place.processes) +
+                                   " processes, expected 1). Build it with MPI, or start it by itself.");
+#endif
+}
+
 // Runs a program's body. Errors become one line on standard error and exit status 1.
 template <class Body>
 int run(const Body& body) {
+    const Place place;
     std::string message;
     try {
         body();
         if (std::cout.flush()) return 0;
         message = "standard output: writing failed (found an error, expected room for the result). Check the disk or the pipe.";
+    } catch (const Followed&) {
+        return 0;
     } catch (const std::bad_alloc&) {
         message = "memory: not enough for this (found none left, expected more). Use a smaller model, -c or --type.";
     } catch (const std::exception& error) {
         message = error.what();
     }
+    const auto communicator = world().lock();
+    if (place.rank > 0) {  // what fails on all ranks is said by the first, which then ends the others
+        if (!communicator) return 1;
+        std::this_thread::sleep_for(std::chrono::milliseconds(500 + 100 * place.rank));
+        if (message.rfind("rank ", 0) != 0) message = "rank " + std::to_string(place.rank) + ", " + message;
+    }
     std::replace(message.begin(), message.end(), '\n', ' ');
+    std::cout.flush();
     std::cerr << message << '\n';
+    if (communicator) communicator->abort();
     return 1;
 }
 
-[[noreturn]] inline void fail(llama3::Code code, const std::string& message) { throw llama3::Error(code, message); }
+// Runs the body of a program that needs no ranks: one of the processes is enough.
+template <class Body>
+int run_once(const Body& body) {
+    return Place().rank > 0 ? 0 : run(body);
+}
 
 inline std::string read_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
@@ -43,6 +86,14 @@ inline std::string read_file(const std::string& path) {
         fail(llama3::Code::file, path + ": cannot be read (found nothing readable, expected a file). Check the path.");
     std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     return text;
+}
+
+// A line of the form `name<spaces>: value` in one of Linux's /proc files, for instance the size of the memory; empty elsewhere.
+inline std::string proc_value(const char* path, std::string_view name) {
+    std::ifstream file(path);
+    for (std::string line; std::getline(file, line);)
+        if (line.rfind(name, 0) == 0) return line.substr(std::min(line.size(), line.find_first_not_of(" \t:", name.size())));
+    return "";
 }
 
 // The demo model is looked for beside the program, then under the install prefix, then in the source tree.
@@ -96,6 +147,34 @@ inline std::shared_ptr<llama3::Device> device([[maybe_unused]] const DeviceName&
 #endif
 }
 
+// Device, ranks and threads of this process: all ranks, or the one that it is.
+inline void take_place(llama3::Options& options, DeviceName device_name) {
+    const Place place;
+    if (place.processes > 1) {
+        options.communicator = join_world(place);
+        if (options.ranks == 1) options.ranks = options.communicator->ranks();
+        if (device_name.gpus.size() > 1)
+            device_name.gpus = {device_name.gpus[static_cast<std::size_t>(place.local_rank) % device_name.gpus.size()]};
+        // Processes that mpirun has not bound to processors of their own share all of them.
+        const bool bound =
+            proc_value("/proc/self/status", "Cpus_allowed_list") != proc_value("/sys/devices/system/cpu/online", "");
+        if (options.threads == 0 && !bound)
+            options.threads =
+                std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / std::max(1, place.local_processes));
+    } else if (options.ranks == 1) {
+        options.ranks = std::max(1, static_cast<int>(device_name.gpus.size()));
+    }
+    options.device = device(device_name);
+}
+// On any rank but 0 this is all that the program does.
+inline void follow_if_told(const llama3::Model& model, const llama3::Options& options) {
+    if (!options.communicator || options.communicator->rank() == 0) return;
+    llama3::follow(model, options);
+    throw Followed();
+}
+
+constexpr const char* ranks_help = "split each matrix over R ranks, or as many as GPUs, or as mpirun has processes (1)";
+
 // The flags of every program that runs a model.
 struct ModelFlags {
     std::string model;
@@ -109,13 +188,15 @@ struct ModelFlags {
         args.add("-t, --threads N", options.threads, "CPU threads (all that this process may use)", {0, 4096});
         args.add("--kv FORMAT", kv, "format of the key/value cache: bf16, f32 or q8 (bf16)");
         args.add("--device D", device_name, "cpu, cuda or cuda:0,1 (cpu)");
-        args.add("--ranks R", options.ranks, "split each matrix over R ranks (1)", {1});
+        args.add("--ranks R", options.ranks, ranks_help, {1});
     }
     llama3::Model load() {
-        options.device = device(device_name);
         options.kv = kv.format;
         if (device_name.name != "cpu") options.chunk = 2048;  // long prompts are faster in larger steps there
-        return llama3::Model::load(model.empty() ? demo_model() : model);
+        take_place(options, device_name);
+        const llama3::Model loaded = llama3::Model::load(model.empty() ? demo_model() : model);
+        follow_if_told(loaded, options);
+        return loaded;
     }
 };
 
@@ -154,13 +235,6 @@ inline std::string json_object(const std::vector<std::pair<std::string, std::str
     return "{" + out + "}";
 }
 
-// A line of the form `name<spaces>: value` in one of Linux's /proc files, for instance the size of the memory; empty elsewhere.
-inline std::string proc_value(const char* path, std::string_view name) {
-    std::ifstream file(path);
-    for (std::string line; std::getline(file, line);)
-        if (line.rfind(name, 0) == 0) return line.substr(std::min(line.size(), line.find_first_not_of(" \t:", name.size())));
-    return "";
-}
 inline std::string gigabytes(double bytes) {
     const std::string text = std::to_string(bytes * 1e-9);
     return text.substr(0, text.find('.') + 2) + " GB";

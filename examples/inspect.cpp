@@ -2,7 +2,7 @@
 #include <iomanip>
 #include <sstream>
 
-#include "common.hpp"
+#include "released.hpp"
 
 std::string hex(std::uint64_t value) {
     std::string digits(16, '0');
@@ -48,41 +48,72 @@ std::vector<std::pair<std::string, std::string>> configuration(const llama3::Con
             {"end_tokens", json_list(c.end_tokens)}};
 }
 
+// Graphics cards by their memory, in GB of 10^9 bytes: a little less than they have, which the driver takes for itself.
+constexpr int cards[] = {24, 48, 80, 141};
+constexpr int rank_counts[] = {1, 2, 4, 8, 16};
+
+std::uint64_t total(const llama3::MemoryPlan& plan) { return plan.weights_bytes + plan.cache_bytes + plan.activations_bytes; }
+
 int main(int argc, char** argv) {
-    Args args("M [--verify] [--device D] [--json]", "Prints a model's configuration, tensors, origin and memory plan.");
-    std::string path;
+    Args args("(M | --synthetic NAME) [--verify] [flags]",
+              "Prints a model's configuration, tensors, origin and memory plan, and on which cards its parts fit.");
+    std::string path, synthetic;
+    std::optional<llama3::Format> asked_type;
+    int ranks = 1, context = 8192;
     bool verify = false, as_json = false;
     DeviceName device_name;
     args.add("M", path, "model, an .l3 file");
+    args.add("--synthetic NAME", synthetic, std::string("instead, a shape: ") + released_names);
+    args.add("--type FORMAT", asked_type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
     args.add("--verify", verify, "read everything and compare all checksums");
+    args.add("--ranks R", ranks, "plan for one of R ranks that share each matrix (1)", {1});
+    args.add("-c, --ctx-size CTX", context, "positions in the context, for the table of cards (8192)", {1, 1 << 20});
     args.add("--device D", device_name, "cpu, cuda or cuda:1: whose memory is planned (cpu)");
     args.add("--json", as_json, "print one JSON object");
     args.parse(argc, argv);
-    if (path.empty()) args.wrong("M", "a model is needed", "none", "an .l3 file");
+    if (path.empty() && synthetic.empty()) args.wrong("M", "a model is needed", "none", "an .l3 file or --synthetic NAME");
+    if (!path.empty() && !synthetic.empty()) args.wrong("M", "one model at a time", "M and --synthetic", "one of them");
+    if (asked_type && synthetic.empty()) args.wrong("--type", "a file has its type", "no --synthetic", "--synthetic NAME");
+    if (verify && path.empty()) args.wrong("--verify", "a shape has no checksums", "--synthetic", "a file");
+    const llama3::Format type = asked_type.value_or(llama3::Format::q8);
 
-    return run([&] {
-        const llama3::Model model = llama3::Model::load(path);
-        const llama3::Config& config = model.config();
-        const std::vector<llama3::TensorInfo> tensors = model.tensors();
-        if (verify) model.verify();
+    return run_once([&] {
+        std::optional<llama3::Model> model;
+        if (synthetic.empty()) model = llama3::Model::load(path);
+        const llama3::Config config = model ? model->config() : released(synthetic);
+        const std::vector<llama3::TensorInfo> tensors = model ? model->tensors() : std::vector<llama3::TensorInfo>();
+        if (verify) model->verify();
 
-        // Memory of one session beside the weights, at each context length and for each format of the cache.
+        // Memory of one session, and of one rank of those that share it, at each context length and for each format of the cache.
         struct Plan {
             int context;
             llama3::Format kv;
             llama3::MemoryPlan bytes;
-            std::uint64_t total() const { return bytes.weights_bytes + bytes.cache_bytes + bytes.activations_bytes; }
         };
         const std::shared_ptr<llama3::Device> planned = device(device_name);
         const std::uint64_t memory = device_name.name == "cpu" ? machine_memory() : planned->memory_bytes();
+        const auto plan = [&](int of_context, llama3::Format kv, int of_ranks) {
+            llama3::Options options;
+            options.context = std::min(of_context, config.context_length), options.kv = kv, options.device = planned;
+            options.ranks = of_ranks;
+            return Plan{options.context, kv, model ? model->plan(options) : llama3::plan_memory(config, type, options)};
+        };
         std::vector<Plan> plans;
-        for (int context = 1024; context <= 131072; context *= 2)
-            for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8}) {
-                llama3::Options options;
-                options.context = std::min(context, config.context_length), options.kv = kv, options.device = planned;
-                if (context / 2 < config.context_length) plans.push_back({options.context, kv, model.plan(options)});
+        for (int positions = 1024; positions <= 131072; positions *= 2)
+            for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8})
+                if (positions / 2 < config.context_length) plans.push_back(plan(positions, kv, ranks));
+        // What one of several ranks needs; nothing where that many cannot share the model.
+        std::vector<std::pair<int, std::optional<Plan>>> on_cards;
+        for (const int r : rank_counts) try {
+                on_cards.emplace_back(r, plan(context, llama3::Format::bf16, r));
+            } catch (const llama3::Error& error) {
+                if (error.code() != llama3::Code::argument) throw;
+                on_cards.emplace_back(r, std::nullopt);
             }
-        const auto fits = [&](const Plan& plan) { return memory == 0 ? "unknown" : plan.total() < memory ? "yes" : "no"; };
+        const auto fits_card = [](const Plan& p, int gigabytes) {
+            return total(p.bytes) <= static_cast<std::uint64_t>(gigabytes) * 1000000000;
+        };
+        const auto fits = [&](const Plan& p) { return memory == 0 ? "unknown" : total(p.bytes) < memory ? "yes" : "no"; };
 
         if (as_json) {
             std::vector<std::string> tensor_list, plan_list;
@@ -94,45 +125,77 @@ int main(int argc, char** argv) {
                                                    {"offset", json(t.offset)},
                                                    {"bytes", json(t.bytes)},
                                                    {"checksum", json_text(hex(t.checksum))}}));
-            for (const Plan& p : plans)
-                plan_list.push_back(json_object({{"context", json(p.context)},
-                                                 {"kv", json_text(llama3::format_name(p.kv))},
-                                                 {"weights_bytes", json(p.bytes.weights_bytes)},
-                                                 {"cache_bytes", json(p.bytes.cache_bytes)},
-                                                 {"activations_bytes", json(p.bytes.activations_bytes)},
-                                                 {"total_bytes", json(p.total())},
-                                                 {"fits", memory == 0 ? "null" : json(p.total() < memory)}}));
-            std::cout << json_object({{"file", json_text(path)},
+            const auto bytes = [](const llama3::MemoryPlan& p) {
+                return std::vector<std::pair<std::string, std::string>>{{"weights_bytes", json(p.weights_bytes)},
+                                                                        {"cache_bytes", json(p.cache_bytes)},
+                                                                        {"activations_bytes", json(p.activations_bytes)},
+                                                                        {"total_bytes", json(total(p))}};
+            };
+            for (const Plan& p : plans) {
+                auto fields = bytes(p.bytes);
+                fields.insert(fields.begin(), {{"context", json(p.context)}, {"kv", json_text(llama3::format_name(p.kv))}});
+                fields.emplace_back("fits", memory == 0 ? "null" : json(total(p.bytes) < memory));
+                plan_list.push_back(json_object(fields));
+            }
+            std::vector<std::string> card_list;
+            for (const auto& [r, p] : on_cards) {
+                if (!p) continue;
+                auto fields = bytes(p->bytes), fit = decltype(fields){};
+                for (const int card : cards) fit.emplace_back(std::to_string(card), json(fits_card(*p, card)));
+                fields.insert(fields.begin(), {{"ranks", json(r)}, {"context", json(p->context)}});
+                fields.emplace_back("fits_gb", json_object(fit));
+                card_list.push_back(json_object(fields));
+            }
+            std::cout << json_object({{"file", model ? json_text(path) : "null"},
                                       {"configuration", json_object(configuration(config))},
                                       {"tensors", json_list(tensor_list)},
-                                      {"provenance", json_text(model.provenance())},
+                                      {"provenance", model ? json_text(model->provenance()) : "null"},
                                       {"verified", verify ? "true" : "null"},
                                       {"machine_memory", memory == 0 ? "null" : json(memory)},
-                                      {"memory", json_list(plan_list)}})
+                                      {"ranks", json(ranks)},
+                                      {"memory", json_list(plan_list)},
+                                      {"cards", json_list(card_list)}})
                       << '\n';
             return;
         }
-        std::cout << path << "\n\nConfiguration\n";
+        std::cout << (model ? path : synthetic + " " + llama3::format_name(type)) << "\n\nConfiguration\n";
         for (const auto& [name, value] : configuration(config))
             std::cout << "  " << std::left << std::setw(24) << name << value << '\n';
-        std::cout
-            << "\nTensors\n  name                        format  shape                  offset           bytes  checksum\n";
-        for (const llama3::TensorInfo& t : tensors)
-            std::cout << "  " << std::left << std::setw(28) << t.name << std::setw(8) << llama3::format_name(t.format)
-                      << std::setw(16) << shape(t) << std::right << std::setw(13) << t.offset << std::setw(16) << t.bytes
-                      << "  " << hex(t.checksum) << '\n';
-        std::cout << "\nOrigin\n";
-        std::string line;
-        for (std::istringstream lines(model.provenance()); std::getline(lines, line);) std::cout << "  " << line << '\n';
-        std::cout << "\nMemory for one session (" << (device_name.name == "cpu" ? "this machine" : device_name.name) << " has "
+        if (model) {
+            std::cout
+                << "\nTensors\n  name                        format  shape                  offset           bytes  checksum\n";
+            for (const llama3::TensorInfo& t : tensors)
+                std::cout << "  " << std::left << std::setw(28) << t.name << std::setw(8) << llama3::format_name(t.format)
+                          << std::setw(16) << shape(t) << std::right << std::setw(13) << t.offset << std::setw(16) << t.bytes
+                          << "  " << hex(t.checksum) << '\n';
+            std::cout << "\nOrigin\n";
+            std::string line;
+            for (std::istringstream lines(model->provenance()); std::getline(lines, line);) std::cout << "  " << line << '\n';
+        }
+        const auto megabytes = [](std::uint64_t bytes) { return (bytes + 1048575) / 1048576; };
+        std::cout << "\nMemory for one session" << (ranks > 1 ? ", of each of " + std::to_string(ranks) + " ranks" : "") << " ("
+                  << (device_name.name == "cpu" ? "this machine" : device_name.name) << " has "
                   << (memory == 0 ? "?" : gigabytes(static_cast<double>(memory)))
                   << ")\n  context  cache      weights        cache      buffers        total  fits\n";
         for (const Plan& p : plans) {
             std::cout << std::right << std::setw(9) << p.context << "  " << std::left << std::setw(6)
                       << llama3::format_name(p.kv) << std::right;
-            for (const std::uint64_t bytes : {p.bytes.weights_bytes, p.bytes.cache_bytes, p.bytes.activations_bytes, p.total()})
-                std::cout << std::setw(10) << (bytes + 1048575) / 1048576 << " MB";
+            for (const std::uint64_t bytes :
+                 {p.bytes.weights_bytes, p.bytes.cache_bytes, p.bytes.activations_bytes, total(p.bytes)})
+                std::cout << std::setw(10) << megabytes(bytes) << " MB";
             std::cout << "  " << fits(p) << '\n';
+        }
+        std::cout << "\nCards that it fits on, with a context of " << std::min(context, config.context_length)
+                  << " in bf16\n  cards     of each";
+        for (const int card : cards) std::cout << std::setw(5) << card << " GB";
+        std::cout << '\n';
+        for (const auto& [r, p] : on_cards) {
+            std::cout << std::setw(7) << r;
+            if (p) std::cout << std::setw(9) << megabytes(total(p->bytes)) << " MB";
+            else std::cout << "   they cannot share its heads evenly";
+            for (const int card : cards)
+                if (p) std::cout << std::setw(8) << (fits_card(*p, card) ? "yes" : "no");
+            std::cout << '\n';
         }
         if (verify) std::cout << "\nVerified: all checksums match.\n";
     });

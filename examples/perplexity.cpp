@@ -55,8 +55,7 @@ int main(int argc, char** argv) {
     bool as_json = false;
     args.add("-f, --file FILE", file, "the text");
     args.add("--kl-base BASE", base_path,
-             "a model to compare with (the same one in f32): mean KL(BASE || M), how often the first token is the same",
-             {1});
+             "a model to compare with (the same one in f32): mean KL(BASE || M), how often the first token is the same", {1});
     args.add("--json", as_json, "print one JSON object");
     ModelFlags flags(args, "512");
     flags.options.context = 512;
@@ -79,7 +78,9 @@ int main(int argc, char** argv) {
         if (base_path) {
             const llama3::Model base_model = llama3::Model::load(*base_path);
             check_vocabulary(base_model, model, *base_path);
-            base.emplace(base_model, flags.options);
+            llama3::Options alone = flags.options;
+            alone.communicator = nullptr;  // the other processes have M only
+            base.emplace(base_model, alone);
         }
 
         const int first = context / 2;  // the first position whose prediction counts

@@ -30,7 +30,7 @@ int main(int argc, char** argv) {
     args.parse(argc, argv);
     if (decode && special) args.wrong("--special", "it has no meaning with --decode", "both", "one of them");
 
-    return run([&] {
+    return run_once([&] {
         const llama3::Model model = llama3::Model::load(path.empty() ? demo_model() : path);
         const llama3::Tokenizer& tokenizer = model.tokenizer();
         const auto mode = special ? llama3::Tokenizer::Special::parse : llama3::Tokenizer::Special::as_text;

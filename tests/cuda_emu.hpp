@@ -11,7 +11,8 @@
 //   §8  cuBLASLt                a matrix product as plain loops
 //
 // What it is after is a wrong kernel, not a fast one. A block's threads run one at a time, each up to its next rendezvous, in an
-// order that the test chooses; blocks run one after the other. A missing barrier therefore changes the result in some order, and
+// order that the test chooses; blocks run one after the other, or, in a cooperative launch, in turns. A kernel that waits for what
+// another device stores gives the streams of the others a turn. A missing barrier therefore changes the result in some order, and
 // the race check finds it in every order. A fault is thrown on the host, as cuda_emu::Fault, by the call that ran the kernel.
 // It cannot see what only hardware has: missing memory fences, blocks that run at the same moment, spills, speed.
 #ifndef LLAMA3_CUDA_EMU_HPP
@@ -92,6 +93,8 @@ inline bool guard_front = false;   // true: a guard page right before each alloc
 inline bool protect_memory =
     true;  // the host's accesses to device memory fault; costs two system calls per allocation and launch
 inline int device_count = 1;
+inline bool peers_possible = true;               // false: no device can be given access to the memory of another
+inline std::pair<int, int> broken_peer{-1, -1};  // what kernels on the first store in the memory of the second is lost
 
 // What every emulated device says it is. Few multiprocessors, so that a grid made for them is small.
 struct Device {
@@ -666,7 +669,23 @@ struct Record {
     Readers readers[2] = {};  // two warps are enough: a writer is in at most one of them
 };
 
-struct Block {
+struct Resident {  // a block that has begun
+    uint3 index{};
+    std::vector<Thread> all;
+    std::vector<Warp> warps;
+    std::uint32_t ready_warps = 0;
+    Thread* current = nullptr;
+    int at_barrier = 0, finished = 0;
+    Site barrier_site;
+    int barrier_variant = 0, barrier_sum = 0, barrier_result = 0;
+    unsigned char* shared = nullptr;  // 16-byte aligned and no more, as CUDA promises no more
+    std::uint32_t epoch = 0;
+    std::vector<Record> words, bytes;
+    std::vector<std::uint16_t> pending;  // of each word: copies under way
+    std::vector<unsigned char> shared_store;
+};
+
+struct Block : Resident {  // the one that runs
     // The launch.
     const char* kernel = "";
     void (*call)(const void*) = nullptr;
@@ -676,20 +695,11 @@ struct Block {
     std::string fault;
     std::uintptr_t fault_address = 0;
     bool segmentation = false;
-    // The block that runs.
-    std::vector<Thread> all;
-    std::vector<Warp> warps;
-    std::uint32_t ready_warps = 0;
-    Thread* current = nullptr;
-    int at_barrier = 0, finished = 0;
-    Site barrier_site;
-    int barrier_variant = 0, barrier_sum = 0, barrier_result = 0;
-    unsigned char* shared = nullptr;  // 16-byte aligned and no more, as CUDA promises no more
     std::size_t shared_bytes = 0;
-    std::uint32_t epoch = 0;
-    std::vector<Record> words, bytes;
-    std::vector<std::uint16_t> pending;  // of each word: copies under way
-    std::vector<unsigned char> shared_store;
+    int device = 0;
+    bool waits = false;       // for what another block or device stores
+    unsigned generation = 0;  // a fault ends what is under way
+    unsigned long long remote_stores = 0;
     // The fibers.
     Fiber host;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -1020,12 +1030,35 @@ inline void begin_block(std::uint64_t index) {
     for (Thread& t : b.all) t.fiber = nullptr, t.group = 0, t.site.line = 0;
 }
 
-// Runs every block of a grid. `call` runs the kernel for the current thread.
-inline void run_grid(const char* kernel, dim3 grid, dim3 threads, std::size_t shared_bytes, void (*call)(const void*),
-                     const void* arguments) {
+// A launch: once it has begun it may have to wait, and goes on later.
+struct Grid {
+    bool begun = false;
+    unsigned generation = 0;
+    std::vector<std::uint32_t> sequence;  // of its blocks; empty: in order
+    std::uint64_t next = 0;               // that has not begun
+    std::vector<Resident> waiting;
+};
+
+// Gives way to other blocks, and other devices, and comes back.
+inline void wait_for_others(unsigned&, Site site = Site()) {
+    Block& b = block();
+    if (!in_kernel) fail("wait_for_others outside a kernel (", site, ")");
+    Thread& t = *b.current;
+    t.site = site;
+    b.waits = true;
+    make_ready(t.warp, 1u << t.lane);
+    ++b.switches;
+    switch_fiber(*t.fiber, b.host);
+}
+
+// Runs the blocks of a grid, one after the other or, of a cooperative one, in turns. `call` runs the kernel for the current thread.
+// False: it waits for another device.
+inline bool run_grid(Grid& state, const char* kernel, dim3 grid, dim3 threads, std::size_t shared_bytes,
+                     void (*call)(const void*), const void* arguments, bool cooperative, int device) {
     const DeviceAccess access;
     Block& b = block();
     if (b.running) fail("a kernel is launched from within a kernel");
+    if (state.begun && state.generation != b.generation) return state = {}, true;  // its threads were dropped
     install_handlers();
 #ifdef LLAMA3_EMU_ASAN
     static thread_local std::pair<char*, std::size_t> own_stack = [] {
@@ -1039,56 +1072,89 @@ inline void run_grid(const char* kernel, dim3 grid, dim3 threads, std::size_t sh
     }();
     b.host.stack = own_stack.first, b.host.stack_bytes = own_stack.second;
 #endif
-    b.kernel = kernel, b.call = call, b.arguments = arguments;
+    b.kernel = kernel, b.call = call, b.arguments = arguments, b.device = device;
     b.fault.clear();
     b.segmentation = false;
     gridDim = grid, blockDim = threads;
     if (seed != b.last_seed) b.random = (b.last_seed = seed) * 0x9e3779b97f4a7c15 | 1;
     const int count = int(threads.x * threads.y * threads.z);
     b.threads = count;
-    b.all.resize(std::size_t(count));
-    b.warps.resize(std::size_t(count + 31) / 32);
-    for (int i = 0; i < count; ++i) {
-        Thread& t = b.all[std::size_t(i)];
-        t.index = {unsigned(i) % threads.x, unsigned(i) / threads.x % threads.y, unsigned(i) / threads.x / threads.y};
-        t.number = i, t.warp = i / 32, t.lane = i % 32;
-        t.copies.clear();
-    }
-    for (std::size_t w = 0; w < b.warps.size(); ++w)
-        b.warps[w].first = int(w) * 32, b.warps[w].size = std::min(32, count - int(w) * 32);
-    const std::size_t words = (shared_bytes + 3) / 4;
     b.shared_bytes = shared_bytes;
-    b.shared_store.resize(std::max(b.shared_store.size(), shared_bytes + 64));
-    b.shared = b.shared_store.data();
-    b.shared += (48 - reinterpret_cast<std::uintptr_t>(b.shared) % 32) % 32;
-    if (b.words.size() < words) b.words.resize(words), b.bytes.resize(4 * words);
-    b.pending.assign(words, 0);
+    const auto make_room = [&] {
+        b.all.resize(std::size_t(count));
+        b.warps.resize(std::size_t(count + 31) / 32);
+        for (int i = 0; i < count; ++i) {
+            Thread& t = b.all[std::size_t(i)];
+            t.index = {unsigned(i) % threads.x, unsigned(i) / threads.x % threads.y, unsigned(i) / threads.x / threads.y};
+            t.number = i, t.warp = i / 32, t.lane = i % 32;
+            t.copies.clear();
+        }
+        for (std::size_t w = 0; w < b.warps.size(); ++w)
+            b.warps[w].first = int(w) * 32, b.warps[w].size = std::min(32, count - int(w) * 32);
+        const std::size_t words = (shared_bytes + 3) / 4;
+        b.shared_store.resize(std::max(b.shared_store.size(), shared_bytes + 64));
+        b.shared = b.shared_store.data();
+        b.shared += (48 - reinterpret_cast<std::uintptr_t>(b.shared) % 32) % 32;
+        if (b.words.size() < words) b.words.resize(words), b.bytes.resize(4 * words);
+        b.pending.assign(words, 0);
+    };
+    const auto put_aside = [&] { state.waiting.push_back(std::exchange(static_cast<Resident&>(b), Resident())); };
+    const auto take_back = [&](std::size_t i) {
+        static_cast<Resident&>(b) = std::move(state.waiting[i]);
+        state.waiting.erase(state.waiting.begin() + std::ptrdiff_t(i));
+        blockIdx = b.index;
+    };
 
     const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
-    std::vector<std::uint32_t> shuffled;
-    if (order == Order::random) {
-        shuffled.resize(blocks);
-        std::iota(shuffled.begin(), shuffled.end(), 0u);
-        for (std::size_t i = blocks; i > 1; --i) std::swap(shuffled[i - 1], shuffled[b.draw() % i]);
+    if (!state.begun) {
+        state.begun = true, state.generation = b.generation, state.next = 0;
+        if (order == Order::random) {
+            state.sequence.resize(blocks);
+            std::iota(state.sequence.begin(), state.sequence.end(), 0u);
+            for (std::size_t i = blocks; i > 1; --i) std::swap(state.sequence[i - 1], state.sequence[b.draw() % i]);
+        }
+        if (!cooperative) make_room();
     }
-    b.running = true;
-    for (std::uint64_t i = 0; i < blocks && b.fault.empty(); ++i) {
-        begin_block(order == Order::forward ? i : order == Order::reverse ? blocks - 1 - i : shuffled[i]);
+    const auto begin_next = [&] {
+        const std::uint64_t i = state.next++;
+        begin_block(!state.sequence.empty() ? state.sequence[i] : order == Order::reverse ? blocks - 1 - i : i);
+        b.index = blockIdx;
+    };
+    for (; cooperative && state.next < blocks; put_aside()) make_room(), begin_next();
+
+    bool give_way = false;
+    std::uint64_t idle = 0;  // turns of blocks since one of them did something
+    while (b.fault.empty() && !give_way) {
+        if (!state.waiting.empty()) take_back(order == Order::random ? b.draw() % state.waiting.size() : 0);
+        else if (state.next == blocks) break;
+        else begin_next();
+        const unsigned long long stores = b.remote_stores;
+        const int finished = b.finished;
+        b.running = true, b.waits = false;
         Thread* const first = pick();
-        first->fiber = take_fiber();
+        if (!first->fiber) first->fiber = take_fiber();
         in_kernel = true;
         switch_fiber(b.host, *first->fiber);
         in_kernel = false;
+        b.running = false;
         if (b.segmentation)
             b.fault = place() +
                       (b.fault_address ? "invalid access to " + memory().describe(b.fault_address)
                                        : "invalid access: a null or misaligned pointer, or one to no address at all") +
                       (b.current->site.line ? "; the thread last met others at " + b.current->site.text() : "");
+        else if (b.fault.empty() && b.waits) {
+            idle = b.remote_stores != stores || b.finished != finished ? 0 : idle + 1;
+            if (cooperative && idle > 1000 * blocks) b.fault = place() + "waits for ever at " + b.current->site.text();
+            if (b.fault.empty()) put_aside();
+            give_way = !cooperative;
+        }
     }
-    b.running = false;
+    if (give_way && b.fault.empty()) return false;
     b.current = nullptr;
-    if (b.fault.empty()) return;
+    state = {};
+    if (b.fault.empty()) return true;
     // The threads that were under way are dropped; kernels have nothing on their stacks that needs a destructor.
+    ++b.generation;
     b.idle.clear();
     b.ready_warps = 0;
     for (std::size_t i = 0; i < b.fibers.size(); ++i) {
@@ -1281,6 +1347,8 @@ auto shared_cast(Shared<T> p) {
 
 // ═══ §6  Warps and tensor cores ═══════════════════════════════════════════════════════════════════════════════════════════
 
+bool has_access(int device, int other);  // to its memory
+
 // Checks an access of a kernel to device memory (or pinned memory, or a local array).
 inline void check_global(const void* p, std::size_t bytes, std::size_t alignment, const char* what, Site site) {
     if (!in_kernel) fail(what, " outside a kernel (", site, ")");
@@ -1293,6 +1361,11 @@ inline void check_global(const void* p, std::size_t bytes, std::size_t alignment
     static int recent_count = -1;
     if (recent_count != memory().changes) recent.fill({}), recent_count = memory().changes;
     Allocation& guess = recent[address >> 14 & 15];
+    const auto check_reach = [&](const Allocation& a) {
+        const int device = block().device;
+        if (a.device >= 0 && a.device != device && !has_access(device, a.device))
+            fail(what, " of memory that device ", device, " has no access to: ", Address{address}, " (", site, ")");
+    };
     if (address - guess.start >= guess.size || bytes > guess.size - (address - guess.start)) {
         const Allocation* const found = memory().find(p);
         if (!found || address - found->start + bytes > found->size) {
@@ -1301,6 +1374,7 @@ inline void check_global(const void* p, std::size_t bytes, std::size_t alignment
         }
         guess = *found;
     }
+    check_reach(guess);
 }
 
 template <class T, class U>
@@ -1353,6 +1427,15 @@ void store16(void* p, const T& value, Site site = Site()) {
     check_global(p, 16, 16, "16-byte store", site);
     std::memcpy(p, &value, 16);
 }
+
+inline void store_remote16(float* p, const float4& value, Site site = Site()) {
+    check_global(p, 16, 16, "16-byte store", site);
+    Block& b = block();
+    ++b.remote_stores;
+    const bool lost = broken_peer.first == b.device && memory().find(p)->device == broken_peer.second;
+    if (!lost) std::memcpy(p, &value, 16);
+}
+inline float4 load_remote16(const float* p, Site site = Site()) { return load16<float4>(p, site); }
 
 // A copy begins by spoiling what it will fill, and is made by the wait for it, so that a kernel that reads too early sees NaN.
 template <class T>
@@ -1774,21 +1857,24 @@ struct cudaFuncAttributes {
 
 using cudaHostFn_t = void (*)(void*);
 
+using Work = std::function<bool()>;  // false: it waits for another device, and is to be called again
+
 struct CUgraph_st {
-    std::vector<std::function<void()>> nodes;
+    std::vector<Work> nodes;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
     bool broken = false;
 };
 struct CUgraphExec_st {
-    std::shared_ptr<const std::vector<std::function<void()>>> nodes;
+    std::shared_ptr<const std::vector<Work>> nodes;
 };
 struct CUstream_st {
     CUstream_st(int device, bool blocking) : device(device), blocking(blocking) {}
 
     int device;
     bool blocking;  // it waits for the stream 0, and that for it
-    std::deque<std::function<void()>> queue;
+    std::deque<Work> queue;
     std::uint64_t issued = 0, done = 0;
+    bool running = false;
     CUgraph_st* capture = nullptr;
     bool origin = false;         // of the capture
     std::uint64_t unjoined = 0;  // nodes that a stream which joined the capture has issued and nobody has waited for
@@ -1823,6 +1909,7 @@ inline Runtime& runtime() {
     static Runtime* const instance = new Runtime;
     return *instance;
 }
+inline bool has_access(int device, int other) { return device == other || runtime().peers[{device, other}]; }
 inline thread_local int current_device = 0;
 inline thread_local cudaError_t last_error = cudaSuccess;
 inline cudaError_t result(cudaError_t error) {
@@ -1842,13 +1929,37 @@ inline CUstream_st* stream_of(cudaStream_t stream) {
     return legacy;
 }
 
-// Runs what was issued to the stream up to a position.
-inline void drain(CUstream_st& stream, std::uint64_t position = ~std::uint64_t{0}) {
-    while (!stream.queue.empty() && stream.done < position) {
-        const auto work = std::move(stream.queue.front());
-        stream.queue.pop_front();
-        ++stream.done;  // before it runs: a Fault does not come twice
-        work();
+// Runs the first piece of work of a stream. False: it has to wait.
+inline bool advance(CUstream_st& stream) {
+    if (stream.running) return false;
+    auto work = std::move(stream.queue.front());
+    stream.queue.pop_front();
+    ++stream.done;  // before it runs: a Fault does not come twice
+    struct Running {
+        bool& running;
+        ~Running() { running = false; }
+    } const running{stream.running = true};
+    if (work()) return true;
+    --stream.done;
+    stream.queue.push_front(std::move(work));
+    return false;
+}
+inline bool advance_others(const CUstream_st& stream) {
+    bool some = false;
+    const std::vector<CUstream_st*> streams = runtime().streams;
+    for (CUstream_st* other : streams)
+        if (other != &stream && !other->queue.empty()) some = advance(*other) || some;
+    return some;
+}
+// Runs what was issued to the stream up to a position, and on others what it waits for.
+inline void drain(CUstream_st& stream, std::uint64_t position = ~std::uint64_t{0}, bool must = true) {
+    for (int tries = 0; !stream.queue.empty() && stream.done < position;) {
+        if (advance(stream) || advance_others(stream)) {
+            tries = 0;
+            continue;
+        }
+        if (!must) return;
+        if (++tries == 1000) fail("a stream of device ", stream.device, " waits for other devices for ever");
     }
 }
 inline void drain_device(int device, bool blocking_only) {
@@ -1865,7 +1976,15 @@ inline bool forbidden() {
     return found;
 }
 
-inline cudaError_t submit(cudaStream_t handle, std::function<void()> work) {
+template <class F>
+cudaError_t submit(cudaStream_t handle, F f) {
+    Work work;
+    if constexpr (std::is_same_v<decltype(f()), bool>) work = std::move(f);
+    else
+        work = [f = std::move(f)]() mutable {
+            f();
+            return true;
+        };
     CUstream_st& stream = *stream_of(handle);
     if (stream.capture) {
         if (stream.capture->broken) return result(cudaErrorStreamCaptureInvalidated);
@@ -1886,7 +2005,10 @@ inline cudaError_t submit(cudaStream_t handle, std::function<void()> work) {
     }
     stream.queue.push_back(std::move(work));
     ++stream.issued;
-    if (!lazy_streams) drain(stream);
+    if (!lazy_streams) {
+        drain(stream, ~std::uint64_t{0}, false);
+        while (advance_others(stream)) drain(stream, ~std::uint64_t{0}, false);
+    }
     return cudaSuccess;
 }
 
@@ -1916,7 +2038,7 @@ void check_argument(const char* kernel, int number, const T& value, int device) 
         for (const std::uint64_t word : words) {
             const void* const p = reinterpret_cast<const void*>(word);
             if (const Allocation* a = memory().find(p)) {
-                if (a->device >= 0 && a->device != device && !runtime().peers[{device, a->device}])
+                if (a->device >= 0 && !has_access(device, a->device))
                     fail(name(), "a pointer to memory of device ", a->device, ", on device ", device,
                          ", which has no access to it");
             } else if (std::is_pointer_v<T> && memory().on_device(p)) {
@@ -1926,6 +2048,8 @@ void check_argument(const char* kernel, int number, const T& value, int device) 
             }
         }
 }
+
+inline thread_local bool cooperative = false;  // the next launch: its blocks run in turns
 
 template <class... P, class... A>
 cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 threads, std::size_t shared_bytes,
@@ -1951,11 +2075,11 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 threa
         }
     };
     return submit(stream, [name = std::string(name), call = Call{kernel, {static_cast<P>(arguments)...}}, grid, threads,
-                           shared_bytes, on] {
+                           shared_bytes, on, in_turns = std::exchange(cooperative, false), state = std::make_shared<Grid>()] {
         int number = 0;
         std::apply([&](const auto&... argument) { (check_argument(name.c_str(), ++number, argument, on), ...); },
                    call.arguments);
-        run_grid(name.c_str(), grid, threads, shared_bytes, &Call::run, &call);
+        return run_grid(*state, name.c_str(), grid, threads, shared_bytes, &Call::run, &call, in_turns, on);
     });
 }
 
@@ -2029,9 +2153,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_emu::device.driver, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
-inline cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) { return *can = device != peer, cudaSuccess; }
+inline cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
+    return *can = device != peer && cuda_emu::peers_possible, cudaSuccess;
+}
 inline cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
     const auto guard = cuda_emu::lock();
+    if (!cuda_emu::peers_possible) return cuda_emu::result(cudaErrorPeerAccessUnsupported);
     bool& enabled = cuda_emu::runtime().peers[{cuda_emu::current_device, peer}];
     return cuda_emu::result(std::exchange(enabled, true) ? cudaErrorPeerAccessAlreadyEnabled : cudaSuccess);
 }
@@ -2265,7 +2392,10 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, u
         }
         return cudaSuccess;
     }
-    return cuda_emu::submit(handle, [state] { cuda_emu::drain(*state->stream, state->position); });
+    return cuda_emu::submit(handle, [state] {
+        cuda_emu::drain(*state->stream, state->position, false);
+        return state->stream->done >= state->position;
+    });
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     const auto guard = cuda_emu::lock();
@@ -2324,7 +2454,7 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureS
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long = 0) {
-    *exec = new CUgraphExec_st{std::make_shared<const std::vector<std::function<void()>>>(graph->nodes)};
+    *exec = new CUgraphExec_st{std::make_shared<const std::vector<Work>>(graph->nodes)};
     return cudaSuccess;
 }
 inline cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, std::size_t* count) {
@@ -2332,9 +2462,10 @@ inline cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, std::s
 }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     const auto guard = cuda_emu::lock();
-    return cuda_emu::submit(stream, [nodes = exec->nodes] {
+    return cuda_emu::submit(stream, [nodes = exec->nodes, done = std::size_t{0}]() mutable {
         const cuda_emu::DeviceAccess access;  // opened once for all of them
-        for (const auto& node : *nodes) node();
+        while (done < nodes->size() && (*nodes)[done]()) ++done;
+        return done == nodes->size();
     });
 }
 inline cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
@@ -2546,13 +2677,18 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc
     if (algo && algo->data[0] > workspace_bytes) return CUBLAS_STATUS_INVALID_VALUE;
     if (reinterpret_cast<std::uintptr_t>(workspace) % 16) return CUBLAS_STATUS_INVALID_VALUE;
     const float scale = *static_cast<const float*>(alpha), keep = *static_cast<const float*>(beta);
-    const auto work = [=, desc = *desc, la = *a_layout, lb = *b_layout, lc = *c_layout, ld = *d_layout] {
+    const auto work = [=, device = cuda_emu::stream_of(stream)->device, desc = *desc, la = *a_layout, lb = *b_layout,
+                       lc = *c_layout, ld = *d_layout] {
         const cuda_emu::DeviceAccess access;
         cuda_emu::check_range("cublasLtMatmul", "matrix A", a, la.bytes(), true);
         cuda_emu::check_range("cublasLtMatmul", "matrix B", b, lb.bytes(), true);
         if (keep != 0) cuda_emu::check_range("cublasLtMatmul", "matrix C", c, lc.bytes(), true);
         cuda_emu::check_range("cublasLtMatmul", "matrix D", d, ld.bytes(), true);
         cuda_emu::check_range("cublasLtMatmul", "workspace", workspace, workspace_bytes, true);
+        for (const void* p : {a, b, c, static_cast<const void*>(d), static_cast<const void*>(workspace)})
+            if (const auto* found = cuda_emu::memory().find(p))
+                if (found->device >= 0 && !cuda_emu::has_access(device, found->device))
+                    cuda_emu::fail("cublasLtMatmul: memory of device ", found->device, ", on device ", device);
         const bool ta = desc.transpose_a == CUBLAS_OP_T, tb = desc.transpose_b == CUBLAS_OP_T;
         const std::size_t m = ld.rows, n = ld.columns, inner = ta ? la.rows : la.columns;
         if (workspace_bytes) std::memset(workspace, 0xff, workspace_bytes);

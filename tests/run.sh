@@ -38,6 +38,8 @@ missing() {
     compiles '#include <doctest/doctest.h>' g++ -c || printf ' doctest-dev'
     command -v cmake >/dev/null 2>&1 || printf ' cmake'
     compiles '#include <histedit.h>' g++ -c || printf ' libedit-dev'
+    command -v mpicxx >/dev/null 2>&1 || printf ' libopenmpi-dev'
+    command -v mpirun >/dev/null 2>&1 || printf ' openmpi-bin'
     python3 -c 'import venv, ensurepip' >/dev/null 2>&1 || printf ' python3 python3-venv'
     [ $all = no ] && return
     command -v clang++ >/dev/null 2>&1 || printf ' clang'
@@ -81,8 +83,8 @@ export PATH
 
 # ── Checks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-passed=0
-failed=0
+: >build/logs/counts
+trap 'trap - TERM; kill 0' INT  # what runs in the background does not see Ctrl-C
 
 # check NAME COMMAND...: runs it with its output in build/logs/NAME.log, and adds the test cases that the log reports: doctest's and
 # unittest's, one for each of meson's tests that died without a report, and one for a command that reports none.
@@ -112,8 +114,7 @@ check() {
     bad=$2
     if [ $status -ne 0 ] && [ "$bad" = 0 ]; then bad=1; fi
     if [ $status -eq 0 ] && [ "$good" = 0 ]; then good=1; fi
-    passed=$((passed + good))
-    failed=$((failed + bad))
+    echo "$good $bad" >>build/logs/counts
     if [ $status -eq 0 ]; then mark='ok    '; else mark='FAILED'; fi
     printf '%s  %-28s %5d passed, %d failed  (%d s)\n' "$mark" "$label" "$good" "$bad" $(($(date +%s) - start))
     # What did not run is said, with the reason.
@@ -127,9 +128,81 @@ finish() {
     if [ -z "${LLAMA3_TOKENIZER_MODEL-}" ]; then
         echo "The check with the real tokenizer did not run: LLAMA3_TOKENIZER_MODEL is not set."
     fi
-    echo "$passed passed, $failed failed"
-    [ "$failed" = 0 ]
+    awk '{ p += $1; f += $2 } END { print p + 0 " passed, " f + 0 " failed"; exit f > 0 }' build/logs/counts
     exit
+}
+
+built() { # the targets named, or all
+    [ -f build/build.ninja ] || env CXX="${CXX:-g++}" meson setup build -Dtests=enabled || return
+    ninja -C build "$@"
+}
+
+# Fuzzes each target for some seconds, from the committed corpus and what earlier runs found.
+fuzz() {
+    check "build, fuzzing" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread \
+        tests/fuzz/fuzz.cpp -o build/fuzz_planted || return
+    check "fuzzing, planted fault" sh -c \
+        'build/fuzz_planted -runs=10000000 -artifact_prefix=build/ 2>&1 | grep "AddressSanitizer: heap-buffer-overflow"'
+    for target in model_file tokenizer chat sampling; do
+        name=fuzz_$target
+        mkdir -p "build/corpus/$name"
+        ln -f build/fuzz_planted "build/$name"
+        check "$name for $1 s" "build/$name" -max_total_time="$1" -rss_limit_mb=4096 -timeout=60 -print_final_stats=1 \
+            -artifact_prefix=build/logs/ "build/corpus/$name" "tests/fuzz/corpus/$target"
+    done
+    check "fuzz_convert, planted faults" python3 tests/fuzz/fuzz_convert.py --self-test &&
+        check "fuzz_convert for $1 s" python3 tests/fuzz/fuzz_convert.py --time "$1"
+}
+
+# Old and fresh objects side by side for some seconds; a leak and a forgotten state must be seen.
+soak() {
+    check "build, soak" built soak || return
+    for plant in leak state; do
+        check "soak, planted $plant" sh -c "build/soak 1 --plant $plant; [ \$? = 1 ]"
+    done
+    check "soak for $1 s" build/soak "$1"
+}
+
+# The core and the logits with each instruction set; the suite without LLAMA3_ISA took the best of the machine.
+instruction_sets() {
+    for isa in baseline avx2 avx_vnni avx512 avx512_bf16 neon; do
+        # The plain loops take minutes for the longest of the golden sequences; core shows that their bits are those of the others.
+        case $isa in baseline) golden= ;; *) golden='--suite golden' ;; esac
+        if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
+            check "core, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild --suite core --suite contract $golden
+        else
+            echo "        not run: $isa, which this machine does not have"
+        fi
+    done
+}
+
+# The suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its core under ThreadSanitizer, with the team of std::threads and
+# ranks in one process: OpenMP's threads are opaque to them, and MPI's own leaks and races are not ours. Meson builds what the chosen tests need.
+sanitizers() {
+    check "sanitizers, planted overflow" sees address,undefined 'int main(int n, char**) { return n > 9 ? 0 : (new int[2])[n + 1]; }'
+    check "sanitizers, planted leak" sees address,undefined 'int* p; int main() { p = new int; p = nullptr; }'
+    check "sanitizers, planted shift" sees address,undefined 'int main(int n, char**) { return 1 << (n + 31) ? 0 : 0; }'
+    check "suite, sanitizers" sanitized asan address,undefined --no-suite builds --no-suite cuda
+    check "thread sanitizer, planted race" sees thread \
+        '#include <thread>
+int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
+    # Without fault injection, which replaces what ThreadSanitizer replaces too.
+    check "core, thread sanitizer" sanitized tsan thread --suite core --suite contract
+}
+sanitized() { # a folder, sanitizers, and meson's choice of tests
+    folder=build/$1
+    [ -f "$folder/build.ninja" ] || CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all meson setup "$folder" "-Db_sanitize=$2" -Dtests=enabled \
+        -Dopenmp=disabled -Dmpi=disabled -Dcuda=disabled -Db_lundef=false -Doptimization=1 || return
+    shift 2
+    meson test -C "$folder" --timeout-multiplier 5 "$@"
+}
+
+cuda() {
+    check "nvcc, all architectures" env LLAMA3_ALL_ARCHITECTURES=1 python3 tests/test_nvcc.py
+    # clang leaves padding in kernels' arguments as it was, and the emulator may take that for a host pointer: g++ for these.
+    check "CUDA on the emulator, sanitizers" sh -c 'g++ -std=c++20 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -I. -Itests \
+        -DLLAMA3_CUDA_EMULATOR -Wno-unknown-pragmas -DLLAMA3_SOURCE_DIR="\"$PWD\"" tests/test_cuda.cpp -o build/cuda_tests_sanitized &&
+        build/cuda_tests_sanitized'
 }
 
 # sees FLAG TEXT: a program with a planted fault, which the sanitizer must end.
@@ -138,73 +211,19 @@ sees() {
         ! build/planted
 }
 
-# Fuzzes each target for some seconds, from the committed corpus and what earlier runs found.
-fuzz() {
-    export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
-    # Two at a time: each is compiled together with the library, which takes a minute.
-    check "build, fuzzing" sh -c 'for target in tests/fuzz/fuzz_*.cpp; do basename "$target" .cpp; done | xargs -P 2 -I NAME clang++ -std=c++20 \
-        -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread tests/fuzz/NAME.cpp -o build/NAME' || return
-    for target in tests/fuzz/fuzz_*.cpp; do
-        name=$(basename "$target" .cpp)
-        mkdir -p "build/corpus/$name"
-        check "$name for $1 s" "build/$name" -max_total_time="$1" -rss_limit_mb=4096 -timeout=60 -print_final_stats=1 \
-            -artifact_prefix=build/logs/ "build/corpus/$name" "tests/fuzz/corpus/${name#fuzz_}"
-    done
-    check "fuzz_convert, planted faults" python3 tests/fuzz/fuzz_convert.py --self-test &&
-        check "fuzz_convert for $1 s" python3 tests/fuzz/fuzz_convert.py --time "$1"
-}
-
-# Old and fresh objects side by side for some seconds; a leak and a forgotten state must be seen.
-soak() {
-    check "build, soak" g++ -std=c++20 -O2 -fopenmp -I. -DLLAMA3_IMPLEMENTATION tests/soak.cpp -o build/soak || return
-    for plant in leak state; do
-        check "soak, planted $plant" sh -c "build/soak 1 --plant $plant; [ \$? = 1 ]"
-    done
-    check "soak for $1 s" build/soak "$1"
-}
-
+export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
 case "$only" in
     fuzz) fuzz "$seconds"; finish ;;
     soak) soak "$seconds"; finish ;;
 esac
 
-check build env CXX="${CXX:-g++}" sh -c '[ -f build/build.ninja ] || meson setup build -Dtests=enabled; ninja -C build' || finish
+check build built || finish
 check suite meson test -C build --no-rebuild
 
 if [ $all = yes ]; then
-    for isa in baseline avx2 avx_vnni avx512 avx512_bf16; do  # the best of the machine was taken above
-        case $isa in baseline | avx2) which='--no-suite builds --no-suite cuda' ;; *) which='--suite core' ;; esac
-        if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
-            check "suite, $isa" env LLAMA3_ISA=$isa meson test -C build --no-rebuild $which
-        else
-            echo "        not run: $isa, which this machine does not have"
-        fi
-    done
-
-    # The same under sanitizers, with the team of std::threads: OpenMP's threads are opaque to them.
-    export ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1
-    check "sanitizers, planted overflow" sees address,undefined 'int main(int n, char**) { return n > 9 ? 0 : (new int[2])[n + 1]; }'
-    check "sanitizers, planted leak" sees address,undefined 'int* p; int main() { p = new int; p = nullptr; }'
-    check "sanitizers, planted shift" sees address,undefined 'int main(int n, char**) { return 1 << (n + 31) ? 0 : 0; }'
-    check "build, sanitizers" env CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all sh -c '[ -f build/asan/build.ninja ] || meson setup \
-        build/asan -Dtests=enabled -Dopenmp=disabled -Db_sanitize=address,undefined -Db_lundef=false -Doptimization=1; ninja -C build/asan' &&
-        check "suite, sanitizers" meson test -C build/asan --no-rebuild --no-suite builds --no-suite cuda --timeout-multiplier 5
-    # clang leaves padding in kernels' arguments as it was, and the emulator may take that for a host pointer: g++ for these.
-    check "CUDA on the emulator, sanitizers" sh -c 'g++ -std=c++20 -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -pthread -I. -Itests \
-        -DLLAMA3_CUDA_EMULATOR -Wno-unknown-pragmas -DLLAMA3_SOURCE_DIR="\"$PWD\"" tests/test_cuda.cpp -o build/asan/cuda_tests_gcc &&
-        build/asan/cuda_tests_gcc' 
-
-    check "thread sanitizer, planted race" sees thread \
-        '#include <thread>
-int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
-    # Without fault injection, which replaces what ThreadSanitizer replaces too.
-    check "build, thread sanitizer" env CXX=clang++ sh -c '[ -f build/tsan/build.ninja ] || meson setup build/tsan -Dtests=enabled \
-        -Dexamples=disabled -Dopenmp=disabled -Db_sanitize=thread -Db_lundef=false -Doptimization=1; ninja -C build/tsan' &&
-        check "core, thread sanitizer" env TSAN_OPTIONS=halt_on_error=1 meson test -C build/tsan --no-rebuild --suite core --suite contract \
-            --timeout-multiplier 5
-
-    check "build matrix" python3 tests/test_matrix.py
-    fuzz "$seconds"
-    soak 60
+    # Side by side: most of these use one core.
+    { instruction_sets; sanitizers; } &
+    { cuda; check "build matrix" python3 tests/test_matrix.py; fuzz "$seconds"; soak 60; } &
+    wait
 fi
 finish

@@ -4,7 +4,6 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
-#include <chrono>
 
 using namespace llama3;
 using test::Random;
@@ -210,12 +209,6 @@ Code code_of(const std::function<void()>& f, std::string* message = nullptr) {
     }
     FAIL("no error was thrown");
     return Code::argument;
-}
-
-double seconds(const std::function<void()>& f) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace
@@ -455,9 +448,9 @@ TEST_CASE("hostile text is encoded in nearly linear time") {
         std::string text;
         while (text.size() < 1 << 19) text += unit;
         CAPTURE(unit);
-        // a fraction of a second; a quadratic algorithm takes minutes
-        CHECK(seconds([&] { CHECK(tokenizer.encode(text, Tokenizer::Special::parse).size() > 1000); }) < 20);
-        CHECK(seconds([&] { CHECK(repaired(text) == stream(tokenizer, tokenizer.encode(text))); }) < 20);
+        // Anything quadratic in here takes hours: then the suite's time limit ends it.
+        CHECK(tokenizer.encode(text, Tokenizer::Special::parse).size() > 1000);
+        CHECK(repaired(text) == stream(tokenizer, tokenizer.encode(text)));
     }
 }
 

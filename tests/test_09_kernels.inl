@@ -1,4 +1,5 @@
 // §9: every kernel of every instruction set that this machine has, bit for bit against §5.
+#include <numeric>
 #include <random>
 
 namespace {
@@ -132,35 +133,99 @@ TEST_SUITE("core: kernels") {
             }
     }
 
-    TEST_CASE("attention has the bits of the reference for every cache format, head width and group of heads") {
+    TEST_CASE("attention has the bits of the reference for every cache format, head width, group of heads and block of rows") {
         Config config;
         config.n_layers = 2, config.n_kv_heads = 2;
-        for (int head_dim : {2, 8, 16, 20, 64, 128})
+        for (int head_dim : {2, 8, 16, 20, 64, 80, 128, 520})
             for (Format kv : {Format::f32, Format::bf16, Format::q8}) {
                 config.head_dim = head_dim;
-                const int capacity = 1050;
+                const int capacity = head_dim > 128 ? 530 : 1100;
                 const std::size_t width = static_cast<std::size_t>(head_dim);
                 d::ReferenceCache reference(config, capacity, kv);
                 d::CpuCache cache(config, capacity, kv);
-                for (int p = 0; p < capacity; ++p)
+                const auto fill = [&](d::ReferenceCache* expected, int p, float factor) {
                     for (int head = 0; head < 2; ++head) {
-                        const std::vector<float> key = random_floats(width, static_cast<std::uint64_t>(p * 4 + head)), value = random_floats(width, static_cast<std::uint64_t>(p * 4 + head + 2));
-                        reference.store(1, p, head, key.data(), value.data());
+                        std::vector<float> key = random_floats(width, static_cast<std::uint64_t>(p * 4 + head)), value = random_floats(width, static_cast<std::uint64_t>(p * 4 + head + 2));
+                        for (float& x : value) x *= factor;
+                        for (float& x : key) x *= factor;
+                        if (expected) expected->store(1, p, head, key.data(), value.data());
                         cache.store(1, head, p, key.data(), value.data());
                     }
-                std::vector<float> scratch(static_cast<std::size_t>(4 * attention_segment + 8 * d::padded_width(head_dim)));
-                for (int group : {1, 3, 8})
-                    for (int n : {1, 15, 16, 17, 511, 512, 513, 1050}) {
-                        const std::vector<float> query = random_floats(static_cast<std::size_t>(group) * width, static_cast<std::uint64_t>(n));
-                        std::vector<float> out(query.size()), expected(query.size());
-                        for (int g = 0; g < group; ++g) d::attend_reference(expected.data() + g * head_dim, query.data() + g * head_dim, reference, 1, 1, n, head_dim);
-                        for (const d::Kernels* kernels : kernels_here()) {
-                            std::fill(out.begin(), out.end(), -1.0f);
-                            kernels->attend({cache.view(1, 1), query.data(), out.data(), scratch.data(), group, n});
-                            if (!same_bits(out.data(), expected.data(), out.size())) FAIL(kernels->name, " E ", head_dim, " kv ", format_name(kv), " group ", group, " n ", n);
+                };
+                for (int p = 0; p < capacity; ++p) fill(&reference, p, 1);
+                struct Case {
+                    int group;
+                    std::vector<int> positions;
+                };
+                std::vector<int> run(64);  // over the border between two segments
+                std::iota(run.begin(), run.end(), 470);
+                for (const Case& c : {Case{1, {0}}, {3, {0, 1, 2}}, {8, {14}}, {1, {15}}, {4, {16, 17, 18, 19, 20}}, {5, {62, 63, 64, 65, 66}}, {2, {126, 127, 128}}, {4, {510}}, {8, {511}}, {3, {512}},
+                                      {1, run}, {4, {run.begin(), run.begin() + 16}}, {2, {5, 70, 300, 511, 512, 529}}, {4, {1049}}, {3, {1000, 1001, 1023, 1024}}, {5, {1040, 1049}}}) {
+                    const int last = c.positions.back(), n_rows = static_cast<int>(c.positions.size()), queries = n_rows * c.group;
+                    if (last >= capacity) continue;
+                    // What lies behind the last row is not there yet; no row may see what lies behind its own position.
+                    for (int p = last + 1; p < std::min(last + 40, capacity); ++p) fill(nullptr, p, p % 2 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN());
+                    const std::size_t used = static_cast<std::size_t>(c.group) * width, stride = used + 5;
+                    const std::vector<float> query = random_floats(static_cast<std::size_t>(n_rows) * stride, static_cast<std::uint64_t>(last));
+                    std::vector<float> expected(query.size(), -1.0f), out;
+                    std::vector<Row> rows;
+                    for (int t = 0; t < n_rows; ++t) {
+                        rows.push_back({0, c.positions[static_cast<std::size_t>(t)], &cache, false});
+                        for (int g = 0; g < c.group; ++g) {
+                            const std::size_t at = static_cast<std::size_t>(t) * stride + static_cast<std::size_t>(g) * width;
+                            d::attend_reference(expected.data() + at, query.data() + at, reference, 1, 1, rows.back().position + 1, head_dim);
                         }
                     }
+                    std::vector<float> scratch(d::attention_floats(queries, head_dim)), joined(d::mix_floats(queries, head_dim)), mix(joined.size());
+                    for (const d::Kernels* kernels : kernels_here()) {
+                        for (std::vector<float>* memory : {&scratch, &joined, &mix}) std::fill(memory->begin(), memory->end(), std::numeric_limits<float>::quiet_NaN());
+                        out.assign(query.size(), -1.0f);
+                        d::Attention attention{{}, rows.data(), query.data(), out.data(), stride, n_rows, c.group, scratch.data()};
+                        for (int s = 0; s < attention.segments(); ++s) {
+                            attention.cache = cache.view(1, 1, s);
+                            kernels->attend(attention, s, s == 0 ? joined.data() : mix.data());
+                            kernels->join(attention, s, joined.data(), mix.data());
+                        }
+                        if (!same_bits(out.data(), expected.data(), out.size())) FAIL(kernels->name, " E ", head_dim, " kv ", format_name(kv), " group ", c.group, " rows ", n_rows, " up to ", last);
+                    }
+                    for (int p = last + 1; p < std::min(last + 40, capacity); ++p) fill(nullptr, p, 1);
+                }
             }
+    }
+
+    TEST_CASE("what a later row of the block sees does not reach an earlier one: NaN, infinity, and the sign of zero") {
+        Config config;
+        config.n_layers = 1, config.n_kv_heads = 1, config.head_dim = 16;
+        for (Format kv : {Format::f32, Format::bf16, Format::q8})
+            for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1.0f})
+                for (int first : {0, 61, 509, 515})
+                    for (int bad_from : {1, 2, 5}) {
+                        d::ReferenceCache reference(config, 600, kv);
+                        d::CpuCache cache(config, 600, kv);
+                        for (int p = 0; p < 600; ++p) {
+                            const bool late = p > first + bad_from;
+                            std::vector<float> key(16, late ? bad : 0.5f), value(16, late ? bad : -1e-45f);  // a mix of these rounds to -0
+                            reference.store(0, p, 0, key.data(), value.data()), cache.store(0, 0, p, key.data(), value.data());
+                        }
+                        const std::vector<float> query = random_floats(8 * 16, 3);
+                        std::vector<Row> rows;
+                        for (int t = 0; t < 8; ++t) rows.push_back({0, first + t, &cache, false});
+                        std::vector<float> scratch(d::attention_floats(8, 16)), joined(d::mix_floats(8, 16)), mix(joined), out(query), expected(16);
+                        for (const d::Kernels* kernels : kernels_here()) {
+                            d::Attention attention{{}, rows.data(), query.data(), out.data(), 16, 8, 1, scratch.data()};
+                            for (int s = 0; s < attention.segments(); ++s) {
+                                attention.cache = cache.view(0, 0, s);
+                                kernels->attend(attention, s, s == 0 ? joined.data() : mix.data());
+                                kernels->join(attention, s, joined.data(), mix.data());
+                            }
+                            for (std::size_t t = 0; t < 8; ++t) {
+                                d::attend_reference(expected.data(), query.data() + 16 * t, reference, 0, 0, first + static_cast<int>(t) + 1, 16);
+                                if (std::isnan(expected[0])) CHECK(std::isnan(out[16 * t]));
+                                else CHECK(same_bits(out.data() + 16 * t, expected.data(), 16));
+                                if (static_cast<int>(t) <= bad_from) CHECK(!std::isnan(out[16 * t]));
+                            }
+                        }
+                    }
     }
 }
 

@@ -117,6 +117,16 @@ TEST_SUITE("core: cpu back end") {
             const std::vector<float> expected = row(whole.feed(tokens));
             for (int token : tokens) single.feed(std::span(&token, 1));
             CHECK(equal(row(single.logits()), expected));
+            // more threads than key/value heads: they share the segments of a row, and of two sequences at once
+            Session spread(model, with(5, 512, kv)), beside(model, with(5, 512, kv));
+            spread.feed(std::span(tokens).first(550)), beside.feed(std::span(tokens).first(300));
+            for (std::size_t i = 550; i < 555; ++i) spread.feed(std::span(&tokens[i], 1));
+            for (std::size_t i = 555; i < 560; ++i) {
+                Session* both[] = {&beside, &spread};
+                const int next[] = {tokens[i], tokens[i]};
+                Session::feed_together(both, next);
+            }
+            CHECK(equal(row(spread.logits()), expected));
         }
     }
 

@@ -121,9 +121,13 @@ TEST_SUITE("core: platform") {
             CHECK(f.avx_vnni == listed("avx_vnni"));
             CHECK(f.avx512_bf16 == listed("avx512_bf16"));
         }
+        CHECK(!f.dotprod);
 #else
         CHECK(!f.avx2_fma_f16c);
         CHECK(!f.avx512);
+        std::string line;  // an emulator shows the flags of its host instead
+        for (std::ifstream info("/proc/cpuinfo"); std::getline(info, line);)
+            if (line.rfind("Features", 0) == 0) CHECK(f.dotprod == ((line + " ").find(" asimddp ") != std::string::npos));
 #endif
         CHECK((f.avx512 || !(f.avx512_vnni || f.avx512_bf16)));
     }

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <optional>
 #include <random>
+#include <thread>
 
 #ifndef LLAMA3_SOURCE_DIR
 #define LLAMA3_SOURCE_DIR "."
@@ -209,6 +210,14 @@ std::vector<float> run(const Model& model, std::span<const int> tokens, Options 
     session.feed(tokens, [&](int, std::span<const float> logits) { rows.insert(rows.end(), logits.begin(), logits.end()); });
     return rows;
 }
+
+#ifdef LLAMA3_CUDA_EMULATOR
+// A device as it might be.
+struct Device_ {
+    decltype(cuda_emu::device) before = cuda_emu::device;
+    ~Device_() { cuda_emu::device = before; }
+};
+#endif
 
 std::string message_of(const std::function<void()>& f) {
     try {
@@ -419,7 +428,7 @@ TEST_SUITE("core: identities on the device") {
     TEST_CASE("a row's product has the same bits in a batch of 1 to 8 and on any number of blocks") {
         for (const Format format : all_formats) {
             const Model model = Model::synthetic(config_of(segmented), format);
-            const gpu::DeviceWeights weights(model, gpu::Gpu{}, {});
+            const gpu::DeviceWeights weights(model, share_of(model.config(), model.weights(), 0, 1), gpu::Gpu{}, {});
             const Matrix& w = weights.weights().layers[0].down;
             d::OwnedTensor x(8, w.columns);
             const std::vector<float> values = some_floats(x.memory.size(), 9);
@@ -438,7 +447,7 @@ TEST_SUITE("core: identities on the device") {
     TEST_CASE("2, 4 and 8 ranks, each with its segments of the columns, give the bits of one") {
         for (const Format format : all_formats) {
             const Model model = Model::synthetic(config_of(segmented), format);
-            const gpu::DeviceWeights weights(model, gpu::Gpu{}, {});
+            const gpu::DeviceWeights weights(model, share_of(model.config(), model.weights(), 0, 1), gpu::Gpu{}, {});
             const Matrix& w = weights.weights().layers[0].down;
             REQUIRE(w.segments == 8);
             d::OwnedTensor x(1, w.columns);
@@ -620,7 +629,7 @@ TEST_SUITE("core: the CUDA back end") {
         std::optional<Session> first(std::in_place, model, options);
         CHECK(calls > 0);
         CHECK(done == total);
-        CHECK(total == gpu::DeviceWeights::bytes_of(model));
+        CHECK(total == gpu::DeviceWeights::bytes_of(share_of(model.config(), model.weights(), 0, 1)));
         const int before = calls;
         Session second(model, options);
         CHECK(calls == before);
@@ -630,23 +639,366 @@ TEST_SUITE("core: the CUDA back end") {
     }
 }
 
+TEST_SUITE("core: ranks on the device") {
+    Options shared_by(int ranks, Format kv, int chunk) {
+        Options options = with(kv, chunk);
+        options.ranks = ranks;
+        return options;
+    }
+    // The emulator's devices without tensor cores need no workspace for cuBLASLt, which takes time to make.
+    void without_tensor_cores([[maybe_unused]] bool without) {
+#ifdef LLAMA3_CUDA_EMULATOR
+        cuda_emu::device.major = without ? 7 : 8, cuda_emu::device.minor = without ? 5 : 0;
+#endif
+    }
+    bool says(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+    TEST_CASE("2, 4 and 8 ranks on one GPU give the bits of one, from graphs, also where they outnumber the key/value heads") {
+        without_tensor_cores(true);
+        const auto device = cuda();
+        without_tensor_cores(false);
+        for (const Format format : all_formats) {
+            const Model model = Model::synthetic(config_of(segmented), format);
+            const std::vector<int> tokens = some_tokens(9, model.config().vocab_size);
+            for (const int chunk : {1, 3, 8}) {
+                if (chunk != 1 && format != Format::q8) continue;
+                const Format kv = cache_formats[chunk % 3];
+                const std::vector<float> alone = run(model, tokens, with(kv, chunk), device);
+                for (const int ranks : {2, 4, 8}) {
+                    if (chunk == 3 && ranks != 4) continue;
+                    CAPTURE(format_name(format));
+                    CAPTURE(chunk);
+                    CAPTURE(ranks);
+                    CHECK(same_bits(run(model, tokens, shared_by(ranks, kv, chunk), device), alone));
+                }
+            }
+        }
+    }
+
+    TEST_CASE("ranks give the same bits without graphs, and draw the tokens of one") {
+        const Model model = Model::synthetic(config_of(segmented), Format::q4);
+        const std::vector<int> tokens = some_tokens(4, model.config().vocab_size);
+        const std::vector<float> alone = run(model, tokens, with(Format::q8, 1), gpu_device());
+        setenv("LLAMA3_CUDA_GRAPHS", "0", 1);
+        const std::vector<float> found = run(model, tokens, shared_by(2, Format::q8, 1), gpu_device());
+        unsetenv("LLAMA3_CUDA_GRAPHS");
+        CHECK(same_bits(found, alone));
+        std::vector<int> drawn[2];
+        for (const int ranks : {1, 4}) {
+            Options options = shared_by(ranks, Format::bf16, 64);
+            options.device = gpu_device();
+            Session session(model, options);
+            Sampler sampler({.temperature = 0.9f, .top_p = 0.9f, .seed = 5});
+            generate(session, tokens, sampler, {4, true, false}, [&](const Generated& g) {
+                drawn[ranks > 1].push_back(g.token);
+                return true;
+            });
+        }
+        CHECK(drawn[0] == drawn[1]);
+    }
+
+    TEST_CASE("prompts on several ranks come close to one rank's, and repeat their own bits") {
+        for (const Format format : {Format::bf16, Format::q8}) {
+            const Model model = Model::synthetic(config_of(segmented), format);
+            const std::vector<int> tokens = some_tokens(18, model.config().vocab_size);
+            const std::vector<float> alone = run(model, tokens, with(Format::bf16, 18), gpu_device());
+            const std::vector<float> found = run(model, tokens, shared_by(2, Format::bf16, 18), gpu_device());
+            CHECK(distance(found, alone) < prompt_tolerance);
+            CHECK(same_bits(run(model, tokens, shared_by(2, Format::bf16, 18), gpu_device()), found));
+        }
+    }
+
+    TEST_CASE("a cancelled step of several ranks leaves the session usable, and its slots in order") {
+        const Model model = Model::synthetic(config_of(segmented), Format::q8);
+        Options options = shared_by(2, Format::bf16, 4);
+        options.device = gpu_device();
+        Session session(model, options);
+        const std::vector<int> tokens = some_tokens(10, model.config().vocab_size);
+        const std::vector<float> expected = row(session.feed(tokens));
+        for (int i = 0; i < 2; ++i) {
+            session.rewind(0);
+            session.cancel();
+            CHECK(says(message_of([&] { session.feed(tokens); }), "cancelled"));
+            CHECK(same_bits(row(session.feed(tokens)), expected));
+        }
+    }
+
+    TEST_CASE("a rank's copy of the weights holds its share: rows, columns, and the table of a tied model once") {
+        for (const bool tied : {false, true}) {
+            Config c = config_of(segmented);
+            c.tied_embedding = tied;
+            const Model model = Model::synthetic(c, Format::q8);
+            std::size_t whole = gpu::DeviceWeights::bytes_of(share_of(model.config(), model.weights(), 0, 1));
+            for (int rank = 0; rank < 4; ++rank) {
+                const Share share = share_of(model.config(), model.weights(), rank, 4);
+                const gpu::DeviceWeights weights(model, share, gpu::Gpu{}, {});
+                const std::size_t bytes = gpu::DeviceWeights::bytes_of(share), pieces = 3 + 9 * share.weights.layers.size();
+                CHECK(bytes >= bytes_of(share));
+                CHECK(bytes <= bytes_of(share) + 256 * pieces);
+                CHECK(bytes < whole / 2);
+                const Matrix &there = weights.weights().layers[1].down, &here = share.weights.layers[1].down;
+                REQUIRE(there.panel_stride == static_cast<std::size_t>(here.units()) * unit_bytes(Format::q8));
+                std::vector<std::byte> found(there.panel_stride);
+                for (int p = 0; p < here.panels(); ++p) {
+                    gpu::check(cudaMemcpy(found.data(), there.panel(p), found.size(), cudaMemcpyDeviceToHost), "cudaMemcpy",
+                               "test");
+                    CHECK(std::memcmp(found.data(), here.panel(p), found.size()) == 0);
+                }
+                const Matrix& output = weights.weights().output;
+                gpu::check(cudaMemcpy(found.data(), output.data, found.size(), cudaMemcpyDeviceToHost), "cudaMemcpy", "test");
+                CHECK(std::memcmp(found.data(), share.weights.output.data, found.size()) == 0);
+            }
+        }
+    }
+
+    // Ranks as blocks of one launch, which run at the same time: several exchanges through the slots, each with its own sums.
+    enum class Mistake { none, next_set_is_emptied, empty_is_sent };
+    struct Protocol {
+        gpu::Slots slots;  // data: of rank 0; the others follow, each 3 * ranks slots
+        int exchanges;
+        const float* parts;  // [exchanges, ranks, stride]
+        float* sums;         // likewise
+    };
+    template <int n, Mistake mistake>
+    __global__ void exchange_parts(Protocol p) {
+        const int rank = static_cast<int>(blockIdx.y), ranks = p.slots.ranks;
+        const std::size_t at = 4 * (static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x);
+        const std::size_t own = 3 * static_cast<std::size_t>(ranks) * p.slots.slot();
+        float* to[n] = {};
+        for (int r = 0; r < ranks; ++r) to[r] = p.slots.data + static_cast<std::size_t>(r) * own;
+        gpu::Slots slots = p.slots;
+        slots.data = to[rank];
+        for (slots.index = 0; slots.index < static_cast<unsigned>(p.exchanges); ++slots.index) {
+            const std::size_t row =
+                (slots.index * static_cast<std::size_t>(ranks) + static_cast<std::size_t>(rank)) * slots.stride + at;
+            const unsigned exchange = slots.exchange();
+            const float4 part = gpu::load16<float4>(p.parts + row);
+            if (mistake == Mistake::empty_is_sent)
+                for (int r = 0; r < ranks; ++r) gpu::store_remote16(to[r] + slots.at(exchange, rank) + at, part);
+            else gpu::push_part(to, slots, exchange, rank, at, part);
+            gpu::store16(p.sums + row, gpu::join_parts<n>(slots, exchange, at));
+            const float empty = gpu::empty_slot();
+            for (int r = 0; mistake == Mistake::next_set_is_emptied && r < ranks; ++r)
+                gpu::store_remote16(slots.data + slots.at(exchange + 1, r) + at, make_float4(empty, empty, empty, empty));
+            __threadfence_system();  // between kernels there is more than that
+        }
+    }
+    template <int n, Mistake mistake>
+    bool exchanged_well(int exchanges, bool with_empty_payload) {
+        constexpr unsigned blocks = 2, threads = 32;
+        constexpr std::size_t stride = 4 * blocks * threads;
+        const std::size_t count = static_cast<std::size_t>(exchanges) * n * stride,
+                          slots = std::size_t{n} * 3 * n * gpu::Slots::rows * stride;
+        std::vector<float> parts = some_floats(count, 17), found(count);
+        parts[1] = -0.0f;
+        if (with_empty_payload) std::memset(&parts[2 * stride], 0xff, sizeof(float));
+        const auto device = [](std::size_t floats) {
+            return gpu::Memory(gpu::Memory::Kind::device, floats * sizeof(float), "test");
+        };
+        const gpu::Memory all_slots = device(slots), from = device(count), to = device(count),
+                          table = device(sizeof(gpu::RowEntry));
+        gpu::RowEntry entry{};
+        entry.exchanges = 2;
+        gpu::check(cudaMemset(all_slots.data(), 0xff, all_slots.bytes()), "cudaMemset", "test");
+        gpu::check(cudaMemcpy(from.data(), parts.data(), from.bytes(), cudaMemcpyHostToDevice), "cudaMemcpy", "test");
+        gpu::check(cudaMemcpy(table.data(), &entry, sizeof entry, cudaMemcpyHostToDevice), "cudaMemcpy", "test");
+        settle();
+        Protocol p{
+            {all_slots.as<float>(), n, stride, table.as<gpu::RowEntry>(), 0}, exchanges, from.as<float>(), to.as<float>()};
+#ifdef LLAMA3_CUDA_EMULATOR
+        cuda_emu::cooperative = true;
+        gpu::launch("protocol", exchange_parts<n, mistake>, dim3(blocks, n), threads, 0, cudaStream_t{}, p);
+#else
+        void* arguments[] = {&p};
+        gpu::check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(exchange_parts<n, mistake>), dim3(blocks, n),
+                                               dim3(threads), arguments, 0, cudaStream_t{}),
+                   "cudaLaunchCooperativeKernel", "protocol");
+#endif
+        settle();
+        gpu::check(cudaMemcpy(found.data(), to.data(), to.bytes(), cudaMemcpyDeviceToHost), "cudaMemcpy", "test");
+        bool good = true;
+        for (std::size_t e = 0; e < static_cast<std::size_t>(exchanges); ++e) {
+            const float* rows[n];
+            for (std::size_t r = 0; r < n; ++r) rows[r] = parts.data() + (e * n + r) * stride;
+            std::vector<float> sum(stride);
+            join_ranks(sum.data(), rows, stride);
+            for (std::size_t r = 0; r < n; ++r)
+                for (std::size_t i = 0; i < stride; ++i) {
+                    const float x = found[(e * n + r) * stride + i];
+                    good = good && (std::isnan(sum[i]) ? std::isnan(x) : std::memcmp(&x, &sum[i], sizeof x) == 0);
+                }
+        }
+        return good;
+    }
+
+    TEST_CASE(
+        "ranks that run at the same time exchange their parts through the slots, again and again, with the sums of the tree") {
+        CHECK(exchanged_well<2, Mistake::none>(7, false));
+        CHECK(exchanged_well<4, Mistake::none>(7, true));
+        CHECK(exchanged_well<8, Mistake::none>(4, true));
+    }
+
+    // Over several GPUs, where there are as many.
+    std::shared_ptr<Device> several(int n) {
+        int count = 0;
+        cudaGetDeviceCount(&count);
+        std::vector<int> gpus;
+        for (int i = 0; i < n; ++i) gpus.push_back(i);
+        return count < n ? nullptr : cuda(gpus);
+    }
+    void check_several(int gpus, int ranks, const char* transport) {
+        for (const Format format : {Format::q8, Format::f32}) {
+            const Model model = Model::synthetic(config_of(segmented), format);
+            const std::vector<int> tokens = some_tokens(10, model.config().vocab_size);
+            for (const int chunk : {1, 5, 10}) {
+                if ((chunk == 5) != (format == Format::f32) && chunk != 1) continue;
+                without_tensor_cores(chunk <= 8);
+                const auto device = several(gpus), one = cuda();
+                without_tensor_cores(false);
+                if (!device) return;
+                CAPTURE(gpus);
+                CAPTURE(ranks);
+                CAPTURE(chunk);
+                const int as = chunk <= 8 ? 1 : std::max(ranks, gpus);  // prompts on as many ranks
+                CHECK(same_bits(run(model, tokens, shared_by(ranks, Format::bf16, chunk), device),
+                                run(model, tokens, shared_by(as, Format::bf16, chunk), one)));
+                if (chunk > 1) continue;
+                const auto backend = device->open(model, shared_by(ranks, Format::bf16, 8));
+                CAPTURE(backend->describe());
+                CHECK(says(backend->describe(), transport));
+            }
+        }
+    }
+
+#ifdef LLAMA3_CUDA_EMULATOR
+    struct Machine {  // with several GPUs
+        explicit Machine(int gpus) {
+            const cuda_emu::DeviceAccess open;
+            cuda_emu::device_count = gpus, cuda_emu::protect_memory = false;  // too many allocations for it to be fast
+        }
+        ~Machine() {
+            cuda_emu::protect_memory = true;
+            cuda_emu::device_count = 1, cuda_emu::peers_possible = true, cuda_emu::broken_peer = {-1, -1};
+            cuda_emu::lazy_streams = false, cuda_emu::order = cuda_emu::order_from_environment();
+        }
+    };
+
+    TEST_CASE("the protocol survives every order of blocks, and two planted mistakes do not") {
+        const Machine restore(1);
+        cuda_emu::order = cuda_emu::Order::random;
+        int lost = 0, stuck = 0;
+        for (cuda_emu::seed = 1; cuda_emu::seed <= 6; ++cuda_emu::seed) {
+            CHECK(exchanged_well<4, Mistake::none>(5, true));
+            const auto fails = [&](const auto& f) {
+                try {
+                    return !f();
+                } catch (const cuda_emu::Fault& fault) {
+                    return says(fault.what(), "waits for ever");
+                }
+            };
+            lost += fails([] { return exchanged_well<4, Mistake::next_set_is_emptied>(5, false); });
+            stuck += fails([] { return exchanged_well<4, Mistake::empty_is_sent>(5, true); });
+        }
+        cuda_emu::seed = 1;
+        CHECK(lost > 0);
+        CHECK(stuck == 6);
+    }
+
+    TEST_CASE("2 and 4 GPUs that reach each other push their parts, with the bits of one GPU, whichever is ahead") {
+        const Machine restore(4);
+        check_several(2, 1, "2 ranks, sums pushed between 2 GPUs");
+        check_several(4, 4, "4 ranks, sums pushed between 4 GPUs");
+        cuda_emu::lazy_streams = true;
+        check_several(2, 4, "4 ranks, sums pushed between 2 GPUs");
+    }
+
+    TEST_CASE("GPUs that cannot reach each other, or lose what is stored, meet on the host, with the same bits") {
+        const Machine restore(2);
+        cuda_emu::broken_peer = {1, 0};
+        check_several(2, 2,
+                      "rank 0 of 2, sums through the host, because what GPU 1 (emulated device) stores in GPU 0 (emulated "
+                      "device) does not arrive");
+        cuda_emu::peers_possible = false;
+        check_several(2, 4, "sums through the host, because GPU 0 (emulated device) cannot reach the memory of GPU 1");
+    }
+
+    TEST_CASE("a model that is too large for one GPU runs on two, and what does not fit there is refused by name") {
+        const Device_ memory;
+        const Machine restore(2);
+        const Model model = Model::synthetic(config_of({128, 8, 2, 64, 2048}), Format::f32);
+        const std::size_t whole = gpu::DeviceWeights::bytes_of(share_of(model.config(), model.weights(), 0, 1));
+        std::size_t free[2], total = 0;
+        for (int i : {0, 1}) cudaSetDevice(i), cudaMemGetInfo(&free[i], &total);
+        cudaSetDevice(0);
+        Options options = with(Format::bf16, 8, 64);
+        cuda_emu::device.major = 7, cuda_emu::device.minor = 5;  // no workspace for cuBLASLt
+        cuda_emu::device.memory = whole + (total - free[0]);
+        CHECK(says(message_of([&] { cuda({0})->open(model, options); }), "GPU 0 (emulated device): the model does not fit"));
+        CHECK(says(cuda({0, 1})->open(model, options)->describe(), "2 ranks"));
+        options.ranks = 2;
+        cuda_emu::device.memory = whole / 2;
+        CHECK(says(message_of([&] { cuda({1, 0})->open(model, options); }), "the model does not fit"));
+    }
+
+    TEST_CASE("a rank per thread, meeting through a communicator, gives the bits of one rank and stops with the others") {
+        const Model model = Model::synthetic(config_of(segmented), Format::q8);
+        const std::vector<int> tokens = some_tokens(11, model.config().vocab_size);
+        for (const int chunk : {8, 11}) {
+            const int ranks = chunk == 8 ? 4 : 2;
+            const auto communicators = d::ranks_in_process(ranks);
+            std::vector<std::thread> others;
+            std::vector<std::string> messages(static_cast<std::size_t>(ranks));
+            const auto options_of = [&](int rank) {
+                Options options = with(Format::bf16, chunk);
+                options.device = gpu_device(), options.communicator = communicators[static_cast<std::size_t>(rank)];
+                return options;
+            };
+            for (int rank = 1; rank < ranks; ++rank)
+                others.emplace_back([&, rank] {
+                    messages[static_cast<std::size_t>(rank)] = message_of([&] { follow(model, options_of(rank)); });
+                    if (messages[static_cast<std::size_t>(rank)] != "no error")
+                        communicators[static_cast<std::size_t>(rank)]->abort();
+                });
+            messages[0] = message_of([&] {
+                const std::vector<float> found = run(model, tokens, options_of(0), gpu_device());
+                CHECK(
+                    same_bits(found, run(model, tokens, shared_by(chunk == 8 ? 1 : ranks, Format::bf16, chunk), gpu_device())));
+                {
+                    Session session(model, options_of(0));
+                    session.cancel();
+                    CHECK(says(message_of([&] { session.feed(tokens); }), "cancelled"));
+                    session.feed(tokens);
+                    CHECK(session.logits().size() == 530);
+                    CHECK(Sampler({.temperature = 0}).sample(session) >= 0);
+                }
+                std::vector<std::byte> nothing;
+                communicators[0]->broadcast(nothing);
+            });
+            if (messages[0] != "no error") communicators[0]->abort();
+            for (std::thread& other : others) other.join();
+            for (const std::string& message : messages) CHECK(message == "no error");
+        }
+    }
+#else
+    TEST_CASE("2 and 4 GPUs that reach each other give the bits of one GPU") {
+        check_several(2, 1, "2 ranks, sums ");
+        check_several(4, 4, "4 ranks, sums ");
+    }
+#endif
+}
+
 TEST_SUITE("core: sampling on the device") {
     int drawn_by_kernel(const std::vector<float>& logits, const Sampling& s, std::uint64_t random) {
         DeviceRows row(Tensor{const_cast<float*>(logits.data()), 1, static_cast<int>(logits.size()), logits.size()});
-        const gpu::Memory token(gpu::Memory::Kind::device, sizeof(int), "test");
-        const gpu::Draw draw{row.tensor.data,
-                             row.tensor.columns,
-                             s.temperature,
-                             s.top_p,
-                             s.min_p,
-                             s.top_k,
-                             static_cast<double>(random >> 11) * 0x1p-53,
-                             token.as<int>()};
-        gpu::launch("test", gpu::draw_token, 1, gpu::sample_threads, gpu::sample_shared_bytes, cudaStream_t{}, draw);
+        const gpu::Memory table(gpu::Memory::Kind::device, sizeof(gpu::DrawEntry), "test");
+        gpu::DrawEntry draw{s.temperature, s.top_p, s.min_p, s.top_k, 0, -2, static_cast<double>(random >> 11) * 0x1p-53};
+        gpu::check(cudaMemcpy(table.data(), &draw, sizeof draw, cudaMemcpyHostToDevice), "cudaMemcpy", "test");
         settle();
-        int result = -2;
-        gpu::check(cudaMemcpy(&result, token.data(), sizeof result, cudaMemcpyDeviceToHost), "cudaMemcpy", "test");
-        return result;
+        gpu::launch("test", gpu::draw_token, 1, gpu::sample_threads, gpu::sample_shared_bytes, cudaStream_t{}, row.tensor.data,
+                    row.tensor.stride, row.tensor.columns, table.as<gpu::DrawEntry>());
+        settle();
+        gpu::check(cudaMemcpy(&draw, table.data(), sizeof draw, cudaMemcpyDeviceToHost), "cudaMemcpy", "test");
+        return draw.token;
     }
 
     TEST_CASE("the kernel draws what the sampler draws, with every filter, ties and logits that are no numbers") {
@@ -739,15 +1091,15 @@ TEST_SUITE("core: sampling on the device") {
 
 TEST_SUITE("core: errors of the CUDA back end") {
     TEST_CASE("what this version cannot do is refused, with what was found and expected") {
-        CHECK(message_of([] { cuda({0, 1}); }).find("found 2 of them, expected 1") != std::string::npos);
+        CHECK(message_of([] { cuda({}); }).find("found 0, expected 1 to 16") != std::string::npos);
         CHECK(message_of([] { cuda({99}); }).find("cuda:99: there is no such GPU") != std::string::npos);
         const Model narrow = Model::synthetic(config_of({80, 2, 1, 40, 64}), Format::q8);
         CHECK(message_of([&] { gpu_device()->open(narrow, with(Format::bf16)); }).find("found 40, expected 64 or 128") !=
               std::string::npos);
         const Model model = Model::synthetic(config_of(small), Format::q8);
         Options options = with(Format::bf16);
-        options.ranks = 2;
-        CHECK(message_of([&] { gpu_device()->open(model, options); }).find("Options::ranks") != std::string::npos);
+        options.ranks = 3;
+        CHECK(message_of([&] { gpu_device()->open(model, options); }).find("found 3, expected 1, 2") != std::string::npos);
         options.ranks = 1;
         const auto backend = gpu_device()->open(model, options);
         const auto cache = backend->make_cache();
@@ -756,12 +1108,6 @@ TEST_SUITE("core: errors of the CUDA back end") {
     }
 
 #ifdef LLAMA3_CUDA_EMULATOR
-    // A device as it might be.
-    struct Device_ {
-        decltype(cuda_emu::device) before = cuda_emu::device;
-        ~Device_() { cuda_emu::device = before; }
-    };
-
     TEST_CASE("a device without bf16 tensor cores takes prompts 8 tokens at a time, with the bits of single steps") {
         const Device_ restore;
         cuda_emu::device.major = 7, cuda_emu::device.minor = 5;

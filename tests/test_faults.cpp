@@ -279,6 +279,24 @@ TEST_CASE("making a session, on one thread and on a team") {
     CHECK(logits_after(tokens(5)) == expected);
 }
 
+TEST_CASE("ranks: a session, a prompt, a token") {
+    Options o = options(1);
+    o.ranks = 2;
+    const Ids all = tokens(20);
+    Session session(model(), o);
+    const auto row = session.feed(all);
+    const std::vector<float> expected(row.begin(), row.end());
+    session.rewind(3);
+    all_injected += inject([&] { Session(model(), o); }, [] {});
+    all_injected += inject([&] { session.feed(std::span<const int>(all).subspan(3)); },
+                           [&] {
+                               if (session.position() == 20) session.rewind(3);
+                               CHECK(session.position() == 3);
+                           });
+    session.feed(std::span<const int>(all).subspan(3));
+    CHECK(same(session.logits(), expected));
+}
+
 TEST_CASE("feeding: a prompt in chunks, single tokens, every token's logits, several sessions together") {
     const Model small = Model::synthetic(config(), Format::q8);
     for (const bool slow : {false, true}) {

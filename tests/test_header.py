@@ -111,12 +111,12 @@ class UsersFiles(Folder):
                                   text=True)
             self.assertEqual((done.returncode, done.stderr), (0, ""))
 
-    @unittest.skipUnless(os.path.exists(os.path.join(PROGRAMS, "libllama3_implementation.a")), "not built")
     def test_two_files_and_the_implementation_link(self):
         one = self.write("one.cpp", '#include "llama3.hpp"\nconst char* name() { return llama3::format_name(llama3::Format::q8); }\n')
         two = self.write("two.cpp", '#include "llama3.hpp"\n#include <cstdio>\nconst char* name();\n'
                          'int main() { std::puts(name()); return llama3::format_from_name("q4") == llama3::Format::q4 ? 0 : 1; }\n')
-        self.good("g++", "-std=c++20", *STRICT, one, two, os.path.join(PROGRAMS, "libllama3_implementation.a"), "-fopenmp", "-o", "a.out")
+        self.good("g++", "-std=c++20", "-c", os.path.join(SOURCE, "tests", "implementation.cpp"))
+        self.good("g++", "-std=c++20", *STRICT, one, two, "implementation.o", "-pthread", "-o", "a.out")
         self.assertEqual(subprocess.run(["./a.out"], cwd=self.folder, capture_output=True).stdout, b"q8\n")
 
 

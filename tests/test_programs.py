@@ -144,6 +144,21 @@ class Generate(unittest.TestCase):
         texts = {output("generate", "-p", "Once upon a time", "-n", "40", "-t", t) for t in "123"}
         self.assertEqual(len(texts), 1)
 
+    def test_ranks_do_not_change_a_bit_and_numbers_that_cannot_work_are_listed(self):
+        with tempfile.TemporaryDirectory() as folder:
+            seen = set()
+            for ranks in "1248":
+                path = os.path.join(folder, "logits.npy")
+                ids = output("generate", "-p", "Once upon a time", "-n", "12", "--ids", "-t", "1", "--ranks", ranks, "--logits", path)
+                with open(path, "rb") as file:
+                    seen.add((ids, file.read()))
+            self.assertEqual(len(seen), 1)
+        for ranks in ("3", "16"):
+            status, out, errors = run("generate", "-p", "a", "--ranks", ranks)
+            self.assertEqual((status, out), (1, b""))
+            self.assertRegex(errors, ERROR)
+            self.assertIn(f"found {ranks}, expected 1, 2, 4, 8)", errors)
+
     def test_ids_decode_to_the_text(self):
         flags = ("-p", "A story about a fox", "-n", "30")
         ids = output("generate", *flags, "--ids")
@@ -280,6 +295,48 @@ class Inspect(unittest.TestCase):
         for word in ("layers.0.query", "final_norm", "source: ", "bf16", "all checksums match"):
             self.assertIn(word, text)
 
+    def test_a_rank_is_planned_its_part_of_every_matrix_from_the_shape_alone(self):
+        """The same sums as the file format's description gives them."""
+        def panels(rows, columns, kind):
+            unit, size = {"f32": (1, 64), "bf16": (2, 64), "q8": (64, 1088), "q4": (64, 576)}[kind]
+            return math.ceil(rows / 16) * math.ceil(columns / unit) * size
+
+        shapes = {"1b": (16, 2048, 32, 64, 8192, True), "8b": (32, 4096, 32, 128, 14336, False),
+                  "70b": (80, 8192, 64, 128, 28672, False), "405b": (126, 16384, 128, 128, 53248, False)}
+        for name, (layers, dim, heads, head_dim, ffn, tied) in shapes.items():
+            for kind in ("f32", "bf16", "q8", "q4"):
+                found = json.loads(output("inspect", "--synthetic", name, "--type", kind, "-c", "4096", "--json"))
+                self.assertEqual([plan["ranks"] for plan in found["cards"]], [1, 2, 4, 8, 16])
+                outer = "q8" if kind == "q4" else kind
+                for plan in found["cards"]:
+                    ranks = plan["ranks"]
+                    queries, keys = heads * head_dim // ranks, max(1, 8 // ranks) * head_dim
+                    channels = math.ceil(ffn / 64 / ranks) * 64 if ffn % (64 * ranks) else ffn // ranks  # of the largest rank
+                    logits = math.ceil(math.ceil(128256 / 16) / ranks) * 16
+                    layer = (panels(queries, dim, kind) + 2 * panels(keys, dim, kind) + panels(dim, queries, kind)
+                             + 2 * panels(channels, dim, kind) + panels(dim, channels, kind))
+                    weights = (layers * layer + panels(128256, dim, outer) + (0 if tied else panels(logits, dim, outer))
+                               + 4 * dim * (2 * layers + 1))
+                    self.assertEqual(plan["weights_bytes"], weights, (name, kind, ranks))
+                    self.assertEqual(plan["cache_bytes"], layers * 4096 * 2 * keys * 2, (name, kind, ranks))
+                    self.assertEqual(plan["total_bytes"], plan["weights_bytes"] + plan["cache_bytes"] + plan["activations_bytes"])
+                    self.assertEqual(plan["fits_gb"], {str(gb): plan["total_bytes"] <= gb * 10**9 for gb in (24, 48, 80, 141)})
+
+    def test_a_plan_for_ranks_is_less_for_each_and_is_refused_where_they_cannot_share(self):
+        for model in ((DEMO,), ("--synthetic", "405b")):
+            one, four = (json.loads(output("inspect", *model, "--ranks", ranks, "--json")) for ranks in "14")
+            self.assertEqual((one["ranks"], four["ranks"]), (1, 4))
+            for a, b in zip(one["memory"], four["memory"]):
+                self.assertLess(b["weights_bytes"], a["weights_bytes"])
+                self.assertEqual(4 * b["cache_bytes"], a["cache_bytes"])
+            self.assertEqual([p["weights_bytes"] for p in four["cards"] if p["ranks"] == 4], [four["memory"][0]["weights_bytes"]])
+            status, out, errors = run("inspect", *model, "--ranks", "3")
+            self.assertEqual((status, out), (1, b""))
+            self.assertRegex(errors, ERROR)
+            self.assertIn("found 3, expected 1, 2, 4, 8", errors)
+        self.assertIn("cannot share", output("inspect", DEMO).decode())  # 16 ranks, 8 heads
+        self.assertIn("llama-3.1-405b", run("inspect", "--synthetic", "gpt-5")[2])
+
     def test_verify_names_the_tensor_with_a_flipped_bit(self):
         tensors = json.loads(output("inspect", DEMO, "--json"))["tensors"]
         with open(DEMO, "rb") as file:
@@ -407,6 +464,18 @@ class Bench(unittest.TestCase):
                 self.assertIn(key, result)
             for key in ("prefill_tps", "decode_tps", "decode_gbs"):
                 self.assertTrue(0 < result[key + "_min"] <= result[key] <= result[key + "_max"], key)
+
+    def test_ranks_are_measured_one_after_the_other_with_what_they_exchange(self):
+        found = json.loads(output("bench", "-p", "8", "-n", "4", "-r", "1", "-t", "1", "--ranks", "1,2", "--batch", "1,2", "--json"))
+        self.assertEqual([(r["ranks"], r["batch"]) for r in found["results"]], [(1, 1), (1, 2), (2, 1), (2, 2)])
+        self.assertEqual(list(found["limits"]["read_gbs"]), ["1", "2"])  # threads of all ranks
+        for result in found["results"]:
+            alone = result["ranks"] == 1
+            self.assertEqual(result["communicate_share"] == 0, alone)
+            self.assertEqual(result["communicate_share"], result["decode_stages"]["communicate"])
+            self.assertEqual(result["transport"] is None, alone)
+        self.assertIn("2 ranks in one process", found["results"][2]["transport"])
+        self.assertIn("ranks 2: 2 ranks in one process", output("bench", "-p", "0", "-n", "2", "-r", "1", "--ranks", "2").decode())
 
     def test_an_unknown_synthetic_model_lists_the_known_ones(self):
         status, _, errors = run("bench", "--synthetic", "gpt-5")
@@ -609,61 +678,6 @@ class Chat(OnTerminal):
         terminal.wait_for(b"Ctrl-C again")
         terminal.wait_for_prompt()
         terminal.type(b"\x03")
-        self.assertEqual(terminal.end()[0], 0)
-
-
-class Readme(unittest.TestCase):
-    def setUp(self):
-        with open(os.path.join(SOURCE, "README.md"), encoding="utf-8") as file:
-            self.readme = file.read()
-        with open(os.path.join(SOURCE, "examples", "hello.cpp"), encoding="utf-8") as file:
-            self.hello = file.read()
-
-    def test_its_program_is_hello_cpp_word_for_word(self):
-        self.assertIn("```cpp\n" + self.hello + "```", self.readme)
-        self.assertLessEqual(self.hello.count("\n"), 25)
-
-    def test_the_header_begins_with_the_same_program(self):
-        with open(os.path.join(SOURCE, "llama3.hpp"), encoding="utf-8") as file:
-            front = "".join(line[2:].removeprefix("     ") for line in file.read().split("#ifndef", 1)[0].splitlines(True))
-        self.assertIn(self.hello, front)
-
-    def test_its_program_builds_with_its_one_command_and_tells_a_story(self):
-        command = re.search(r"^g\+\+ .*program\.cpp.*$", self.readme, re.M)[0]
-        with tempfile.TemporaryDirectory() as folder:
-            with open(os.path.join(folder, "program.cpp"), "w", encoding="utf-8") as file:
-                file.write(re.search(r"```cpp\n(.*?)```", self.readme, re.S)[1])
-            shutil.copy(os.path.join(SOURCE, "llama3.hpp"), folder)
-            subprocess.run(command, shell=True, check=True, cwd=folder, timeout=300)
-            program = os.path.join(folder, "a.out")
-            done = subprocess.run([program], cwd=SOURCE, capture_output=True, timeout=60)
-            self.assertEqual((done.returncode, done.stderr), (0, b""))
-            self.assertGreater(len(done.stdout), 20)
-            done = subprocess.run([program, "no/such.l3"], capture_output=True, timeout=60)
-            self.assertEqual(done.returncode, 1)
-            self.assertIn(b"no/such.l3", done.stderr)
-
-    def test_hello_is_built_with_the_other_programs(self):
-        done = subprocess.run([os.path.join(PROGRAMS, "hello")], cwd=SOURCE, capture_output=True, timeout=60)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        self.assertEqual(done.stdout, output("chat", "-m", DEMO, "-p", "Tell me a story."))
-
-
-class Quickstart(OnTerminal):
-    SCRIPT = os.path.join(SOURCE, "examples", "quickstart.sh")
-
-    def test_it_builds_chat_and_answers_a_pipe(self):
-        done = subprocess.run(["sh", self.SCRIPT], input=b"Hello\n", capture_output=True, timeout=300)
-        self.assertEqual(done.returncode, 0, done.stderr.decode())
-        self.assertGreater(len(done.stdout.strip()), 0)
-
-    def test_on_a_terminal_it_answers_ctrl_c_stops_an_answer_and_ctrl_d_ends(self):
-        subprocess.run(["sh", self.SCRIPT, "--help"], capture_output=True, check=True, timeout=300)  # builds chat
-        terminal, _, _ = self.terminal_with_a_stopped_answer(shutil.which("sh"), self.SCRIPT)
-        terminal.type(b"Hello\n")
-        self.assertTrue(os.read(terminal.process.stdout.fileno(), 1))
-        terminal.wait_for_prompt()
-        terminal.type(b"\x04")
         self.assertEqual(terminal.end()[0], 0)
 
 
