@@ -874,8 +874,7 @@ private:
     std::size_t size_ = 0;
 };
 
-AlignedBuffer read_file(const std::string& path);                // throws Error(file), Error(memory)
-void read_ahead(const std::byte* first, const std::byte* last);  // of a mapped file: asks for it, without waiting
+AlignedBuffer read_file(const std::string& path);  // throws Error(file), Error(memory)
 
 // The default modes (round to nearest, denormals kept, nothing trapped) while it lives; then the caller's again.
 class FloatEnvironment {
@@ -3284,51 +3283,45 @@ LLAMA3_INLINE F load_scales(const std::byte* unit, int vectors, int block, int p
     return load_fp16(reinterpret_cast<const std::uint16_t*>(unit + 64 * vectors + 32 * block) + part * lanes);
 }
 
-template <int P, int N>
-LLAMA3_INLINE void multiply_unit(Q8, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
-    for (int block = 0; block < 2; ++block, x += 40 * N) LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-    for (int h = 0; h < parts; ++h) {
-        if (h == 0)
-            fetch_ahead(w[p] + unit_bytes(Q8::format) / 2 * static_cast<std::size_t>(block), unit_bytes(Q8::format) / 2);
-        forget_loads();
-        I dots[N];
+// dots += the products of a block's weights at w with N tokens at x.
+template <int N>
+LLAMA3_INLINE void add_dots(Q8, I (&dots)[N], const std::byte* w, const std::byte* x) {
+    LLAMA3_UNROLL
+    for (int v = 0; v < 8; ++v) {
+        const I weights = load_bits(w + 64 * v);
         LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[t] = begin_sum(x + 36 * N + 4 * t);
-        LLAMA3_UNROLL
-        for (int v = 0; v < 8; ++v) {
-            const I weights = load_bits(w[p] + 64 * (8 * block + v) + h * lanes * 4);
-            LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) dots[t] = dot_signed(dots[t], weights, splat_four(x + 4 * (v * N + t)));
-        }
-        add_block<N>(sums[p][h], dots, load_scales(w[p], Q8::vectors, block, h), x);
+        for (int t = 0; t < N; ++t) dots[t] = dot_signed(dots[t], weights, splat_four(x + 4 * (v * N + t)));
     }
 }
 
-template <int P, int N>
-LLAMA3_INLINE void multiply_unit(Q4, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+template <int N>
+LLAMA3_INLINE void add_dots(Q4, I (&dots)[N], const std::byte* w, const std::byte* x) {
+    LLAMA3_UNROLL
+    for (int v = 0; v < 4; ++v) {
+        const I nibbles = load_bits(w + 64 * v), low = low_nibbles(nibbles), high = high_nibbles(nibbles);
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) {
+            dots[t] = add_pairs(dots[t], low, splat_four(x + 4 * (2 * v * N + t)));
+            dots[t] = add_pairs(dots[t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
+        }
+    }
+    LLAMA3_UNROLL
+    for (int t = 0; t < N; ++t) dots[t] = finish_sum(dots[t], x + 36 * N + 4 * t);
+}
+
+template <int P, int N, class Type>
+LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    constexpr std::size_t half = unit_bytes(Type::format) / 2;
     for (int block = 0; block < 2; ++block, x += 40 * N) LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) LLAMA3_UNROLL
     for (int h = 0; h < parts; ++h) {
-        if (h == 0)
-            fetch_ahead(w[p] + unit_bytes(Q4::format) / 2 * static_cast<std::size_t>(block), unit_bytes(Q4::format) / 2);
+        if (h == 0) fetch_ahead(w[p] + half * static_cast<std::size_t>(block), half);
         forget_loads();
         I dots[N];
         LLAMA3_UNROLL
         for (int t = 0; t < N; ++t) dots[t] = begin_sum(x + 36 * N + 4 * t);
-        LLAMA3_UNROLL
-        for (int v = 0; v < 4; ++v) {
-            const I nibbles = load_bits(w[p] + 64 * (4 * block + v) + h * lanes * 4);
-            const I low = low_nibbles(nibbles), high = high_nibbles(nibbles);
-            LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) {
-                dots[t] = add_pairs(dots[t], low, splat_four(x + 4 * (2 * v * N + t)));
-                dots[t] = add_pairs(dots[t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
-            }
-        }
-        LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[t] = finish_sum(dots[t], x + 36 * N + 4 * t);
-        add_block<N>(sums[p][h], dots, load_scales(w[p], Q4::vectors, block, h), x);
+        add_dots(Type{}, dots, w[p] + 32 * Type::vectors * block + h * lanes * 4, x);
+        add_block<N>(sums[p][h], dots, load_scales(w[p], Type::vectors, block, h), x);
     }
 }
 
@@ -3899,77 +3892,62 @@ void multiply_blocks(const Product& product) {
     _tile_release();
 }
 
-// Up to 16 tokens times P panels of bf16, `step` apart.
-template <int P>
+// Up to 16 tokens times 4 panels of bf16, `step` apart; those from the last panel on give no output.
 void multiply_pairs(const Product& product, int panel, int step, const std::byte* x, int tokens, float* out) {
+    constexpr int P = 4;
     const Matrix& w = product.w;
     F sums[max_segments][P][16];
-    alignas(64) std::byte rest[tile_bytes];
+    alignas(64) std::byte rest[P][tile_bytes];
     const int columns = w.columns / w.segments;
     const std::byte* data[P];
-    for (int p = 0; p < P; ++p) data[p] = w.panel(panel + p * step);
+    for (int p = 0; p < P; ++p) data[p] = w.panel(std::min(panel + p * step, product.last_panel - 1));
     for (int s = 0; s < w.segments; ++s) {
         _tile_zero(0);
-        if constexpr (P > 1) {
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         for (int c = 0; c < columns; c += tile_columns, x += tokens * 64) {
             const std::byte* from[P];
             for (int p = 0; p < P; ++p) {
                 for (std::size_t line = 0; line < tile_bytes; line += 64) __builtin_prefetch(data[p] + 2048 + line);
                 from[p] = data[p], data[p] += tile_bytes;
             }
-            _tile_loadd(4, x, 64);
-            if (columns - c < tile_columns) {  // the matrix ends inside the tile: one panel at a time, filled up with zeros
-                static_assert(P == 1 || P == 4);
-                const std::size_t bytes = static_cast<std::size_t>(columns - c + 1) / 2 * 64;
+            if (columns - c < tile_columns) {  // the matrix ends inside the tile: filled up with zeros
+                forget_loads();
+                std::memset(rest, 0, sizeof rest);
                 for (int p = 0; p < P; ++p) {
-                    forget_loads();
-                    std::memset(rest, 0, tile_bytes);
-                    std::memcpy(rest, from[p], bytes);
-                    forget_loads();
-                    _tile_loadd(5, rest, 64);
-                    if (p == 0) _tile_dpbf16ps(0, 4, 5);
-                    if constexpr (P > 1) {
-                        if (p == 1) _tile_dpbf16ps(1, 4, 5);
-                        if (p == 2) _tile_dpbf16ps(2, 4, 5);
-                        if (p == 3) _tile_dpbf16ps(3, 4, 5);
-                    }
+                    std::memcpy(rest[p], from[p], static_cast<std::size_t>(columns - c + 1) / 2 * 64);
+                    from[p] = rest[p];
                 }
-                continue;
+                forget_loads();
             }
+            _tile_loadd(4, x, 64);
             _tile_loadd(5, from[0], 64);
             _tile_dpbf16ps(0, 4, 5);
-            if constexpr (P > 1) {
-                _tile_loadd(6, from[1], 64);
-                _tile_dpbf16ps(1, 4, 6);
-                _tile_loadd(7, from[2], 64);
-                _tile_dpbf16ps(2, 4, 7);
-                _tile_loadd(5, from[3], 64);
-                _tile_dpbf16ps(3, 4, 5);
-            }
+            _tile_loadd(6, from[1], 64);
+            _tile_dpbf16ps(1, 4, 6);
+            _tile_loadd(7, from[2], 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_loadd(5, from[3], 64);
+            _tile_dpbf16ps(3, 4, 5);
         }
         _tile_stored(0, sums[s][0], 64);
-        if constexpr (P > 1) {
-            _tile_stored(1, sums[s][1], 64);
-            _tile_stored(2, sums[s][2], 64);
-            _tile_stored(3, sums[s][3], 64);
-        }
+        _tile_stored(1, sums[s][1], 64);
+        _tile_stored(2, sums[s][2], 64);
+        _tile_stored(3, sums[s][3], 64);
     }
     forget_loads();
-    for (int p = 0; p < P; ++p) join_segments(product, panel + p * step, sums[0][p], P * 16, tokens, out);
+    for (int p = 0; p < P && panel + p * step < product.last_panel; ++p)
+        join_segments(product, panel + p * step, sums[0][p], P * 16, tokens, out);
 }
 
 void multiply_bf16(const Product& product) {
     const std::size_t token_bytes = packed_bytes(Format::bf16, product.w.columns);
-    const int count = product.last_panel - product.first_panel;
+    const int quads = (product.last_panel - product.first_panel + 3) / 4;
     // One group of tokens: four runs of panels side by side. Several: four panels, for one group after the other.
     const bool alone = product.tokens <= product.together;
-    const int step = alone ? count / 4 : 1, quads = count / 4;
     int shaped = 0;
-    for (int i = 0; i <= quads; ++i)
+    for (int i = 0; i < quads; ++i)
         for (int t = 0; t < product.tokens; t += product.together) {
             const int tokens = std::min(product.together, product.tokens - t);
             if (tokens != shaped) {
@@ -3979,12 +3957,9 @@ void multiply_bf16(const Product& product) {
                 shapes.load();
                 shaped = tokens;
             }
-            const std::byte* x = product.x + static_cast<std::size_t>(t) * token_bytes;
-            float* out = product.out + static_cast<std::size_t>(t) * product.stride;
-            if (i < quads) multiply_pairs<4>(product, product.first_panel + (alone ? i : 4 * i), step, x, tokens, out);
-            else
-                for (int p = product.first_panel + 4 * quads; p < product.last_panel; ++p)
-                    multiply_pairs<1>(product, p, 1, x, tokens, out);
+            multiply_pairs(product, product.first_panel + (alone ? i : 4 * i), alone ? quads : 1,
+                           product.x + static_cast<std::size_t>(t) * token_bytes, tokens,
+                           product.out + static_cast<std::size_t>(t) * product.stride);
         }
     _tile_release();
 }
@@ -4416,7 +4391,6 @@ private:
     std::vector<int> logits_rows_;  // which rows want logits
     StageTimes stage_times_{};      // of the first thread
     const std::atomic<bool>* cancel_ = nullptr;
-    bool first_pass_ = true;
     bool stopped_ = false;  // read and written at barriers only, so that all threads agree
     std::exception_ptr failure_;
 };
@@ -4430,7 +4404,6 @@ public:
           room_(buffers_.room + static_cast<std::size_t>(thread) * buffers_.room_bytes) {}
 
     void embed(Tensor x, const Matrix& table, const Batch& batch) override {
-        read_layer_ahead(0);
         n_tokens_ = batch.size();
         const auto [first, last] = share(n_tokens_);
         for (int t = first; t < last; ++t) {
@@ -4442,7 +4415,6 @@ public:
 
     void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch& batch) override {
         if (b_.stopped_) return;
-        read_layer_ahead(layer.index + 1);
         pack_rows(layer.query.format, x, n_tokens_, layer.attention_norm);
         const int queries = layer.query.panels(), keys = layer.key.panels(), values = layer.value.panels();
         const auto [first, last] = share(queries + keys + values);
@@ -4566,19 +4538,6 @@ private:
         b_.stage_times_[static_cast<std::size_t>(stage)] += std::chrono::duration<double>(now - stage_began_).count();
         stage_began_ = now;
     }
-    // In its first pass a back end asks for each layer while the one before is computed: a file that is not in memory yet arrives
-    // in long reads, not page by page.
-    void read_layer_ahead(int i) const {
-        if (!b_.first_pass_ || thread_ != 0) return;
-        const auto ask = [](const Matrix& m) {  // columns of a rank stand between those of others, which it does not want
-            if (m.panel_stride == static_cast<std::size_t>(m.units()) * unit_bytes(m.format))
-                read_ahead(m.data, m.panel(m.panels()));
-        };
-        const Weights& w = b_.share_.weights;
-        if (i == config_.n_layers) return ask(w.output);
-        const Layer& l = w.layers[static_cast<std::size_t>(i)];
-        for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) ask(*m);
-    }
     float* turns(int t) const {
         return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim);
     }
@@ -4650,7 +4609,6 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
         forward(worker, share_.weights, activations, batch);
     });
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
-    first_pass_ = false;
     return !stopped_;
 }
 
@@ -5760,20 +5718,14 @@ Vocabulary synthetic_vocabulary(int vocab_size) {
         if (i > 0) ++next[i - 1];
         else next += 'a';
     }
-    constexpr std::string_view names[] = {"begin_of_text",
-                                          "end_of_text",
-                                          "reserved_special_token_0",
-                                          "reserved_special_token_1",
-                                          "finetune_right_pad_id",
-                                          "step_id",
-                                          "start_header_id",
-                                          "end_header_id",
-                                          "eom_id",
-                                          "eot_id",
-                                          "python_tag",
-                                          "image"};
+    std::string_view names =
+        "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "
+        "start_header_id end_header_id eom_id eot_id python_tag image ";
     for (std::size_t i = 0; ranks + static_cast<int>(i) < vocab_size; ++i) {
-        const std::string name = i < std::size(names) ? std::string(names[i]) : to_text("reserved_special_token_", i - 10);
+        const std::size_t length = names.find(' ');
+        const std::string name(names.empty() ? to_text("reserved_special_token_", i - 10)
+                                             : std::string(names.substr(0, length)));
+        names.remove_prefix(std::min(names.size(), length + 1));
         v.specials.emplace_back(ranks + static_cast<int>(i), to_text("<|", name, "|>"));
     }
     return v;
@@ -6178,14 +6130,6 @@ FileMapping::FileMapping(const std::string& path) {
 
 FileMapping::~FileMapping() {
     if (data_) File::unmap(data_, size_);
-}
-
-void read_ahead([[maybe_unused]] const std::byte* first, [[maybe_unused]] const std::byte* last) {
-#if defined(MADV_WILLNEED)
-    const auto address = reinterpret_cast<std::uintptr_t>(first),
-               past = address % static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    madvise(reinterpret_cast<void*>(address - past), static_cast<std::size_t>(last - first) + past, MADV_WILLNEED);
-#endif
 }
 
 AlignedBuffer read_file(const std::string& path) {
