@@ -45,6 +45,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <tuple>
 #include <type_traits>
 
@@ -189,6 +190,7 @@ namespace llama3 {
 namespace detail {
 std::vector<float> rope_frequencies(const Config& config);  // §5
 int border(int n, int unit, int rank, int ranks);           // §13
+std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options);
 }  // namespace detail
 
 namespace gpu {
@@ -228,6 +230,11 @@ inline void check(cublasStatus_t status, const char* call, const std::string& wh
     if (status == CUBLAS_STATUS_SUCCESS) return;
     fail(Code::device, "cuBLASLt, " + where + ": " + call + " failed (found " + cublasLtGetStatusString(status) +
                            ", expected success). Check that the versions of cuBLASLt and of the driver belong together.");
+}
+
+inline void copy_async(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream,
+                       const std::string& where) {
+    check(cudaMemcpyAsync(to, from, bytes, kind, stream), "cudaMemcpyAsync", where);
 }
 
 // The one place that starts kernels. The arguments are converted to the types of the kernel's parameters.
@@ -1542,8 +1549,8 @@ constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 
 
 constexpr int most_ranks = 16;  // that meet here
 
-// An empty slot: a NaN with a payload that arithmetic does not make; a sum that was made to have it is another NaN instead. (TensorRT-
-// LLM takes -0, but then the signs of zeros would depend on the number of ranks.)
+// An empty slot: a NaN with a payload that arithmetic does not make; a sum that has it nevertheless is sent as another NaN. (With
+// -0, which TensorRT-LLM takes, the signs of zeros would depend on the number of ranks.)
 __device__ __forceinline__ float empty_slot() { return __uint_as_float(0xffffffffu); }
 __device__ __forceinline__ bool is_empty(float x) { return __float_as_uint(x) == 0xffffffffu; }
 __device__ __forceinline__ bool is_empty(float4 v) { return is_empty(v.x) || is_empty(v.y) || is_empty(v.z) || is_empty(v.w); }
@@ -1603,8 +1610,8 @@ __device__ __forceinline__ float4 join_parts(const Slots& slots, unsigned exchan
                        sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].w; }));
 }
 
-// W h, of one rank, to the slots of all; without a table to rows [first + n, stride] of to[0]. With R panels per item a warp has the
-// slice of the columns that it has where there is one rank.
+// W h, of one rank, to the slots of all, or, where slots has no table, to the rows of to[0]. With R panels per item a warp has
+// the slice of the columns that it has where there is one rank.
 struct PushRows {
     static constexpr int panels = 0;
     Panels w;
@@ -1658,7 +1665,7 @@ __global__ void __launch_bounds__(join_threads) join_partials(Partials parts, fl
     if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<n>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
 }
 
-// Whether GPUs reach each other's memory: one stores there, and loads from there.                            One thread per float4
+// Whether GPUs reach each other's memory: one stores there, and loads from there.                    One thread per 4 floats
 static __global__ void __launch_bounds__(join_threads) probe_peer(float* to, const float* from, float* copy, unsigned seed) {
     const unsigned i = blockIdx.x * join_threads + threadIdx.x, first = seed + 4 * i;
     store_remote16(to + 4 * i, make_float4(static_cast<float>(first), static_cast<float>(first + 1),
@@ -1878,9 +1885,7 @@ private:
         const Stream stream;
         std::size_t first = 0, i = 0;  // the buffer i % 2 is for the bytes from `first` on
         const auto send = [&](std::size_t end) {
-            check(cudaMemcpyAsync(memory_.data() + first, pinned[i % 2].data(), end - first, cudaMemcpyHostToDevice,
-                                  stream.value),
-                  "cudaMemcpyAsync", where);
+            copy_async(memory_.data() + first, pinned[i % 2].data(), end - first, cudaMemcpyHostToDevice, stream.value, where);
             check(cudaEventRecord(sent[i % 2].value, stream.value), "cudaEventRecord", where);
             first = end;
             if (++i >= 2) check(cudaEventSynchronize(sent[i % 2].value), "cudaEventSynchronize", where);
@@ -2257,10 +2262,8 @@ public:
             if (row.wants_logits) logit_rows[wanted++] = static_cast<int>(t);
         }
         std::fill(logit_rows + wanted, logit_rows + n, 0);
-        check(cudaMemcpyAsync(buffers_.rows, rows, sizeof(RowEntry) * n, cudaMemcpyHostToDevice, stream()), "cudaMemcpyAsync",
-              "table of rows");
-        check(cudaMemcpyAsync(buffers_.logit_rows, logit_rows, sizeof(int) * n, cudaMemcpyHostToDevice, stream()),
-              "cudaMemcpyAsync", "table of rows");
+        copy_async(buffers_.rows, rows, sizeof(RowEntry) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
+        copy_async(buffers_.logit_rows, logit_rows, sizeof(int) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
         return wanted;
     }
 
@@ -2371,9 +2374,9 @@ private:
 
 // ═══ K13  The back end ═════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// The stages in the order of llama3.hpp, §3, for all ranks of this process in lock-step: one thread launches each stage on every
-// rank before the next. forward() passes what belongs to the first of them; the others have their own. Up to 8 rows each stage is
-// one launch; what changes from step to step (tokens, positions, caches, which rows want logits) is in tables in device memory,
+// The stages in the order of llama3.hpp, §3, for all ranks of this process in lock-step: one thread launches each stage on all of
+// them before the next. forward() passes what belongs to the first; the others have their own. Up to 8 rows each stage is one
+// launch per rank; what changes from step to step (tokens, positions, caches, which rows want logits) is in tables in device memory,
 // so the graph of a number of rows is captured once per GPU and only launched after that.
 
 // How the parts of a sum reach the other ranks.
@@ -2381,7 +2384,7 @@ struct Transport {
     enum class Kind {
         none,    // one rank
         peers,   // GPUs (or one) that reach each other's memory
-        staged,  // pinned memory of the host, and from there Options::communicator if there is one
+        staged,  // Options::communicator, from and to pinned memory of the host
         nccl,
     } kind = Kind::none;
     std::string why;
@@ -2390,9 +2393,9 @@ struct Transport {
 #ifdef LLAMA3_NCCL
 inline void check(ncclResult_t status, const char* call, const std::string& where) {
     if (status == ncclSuccess) return;
-    fail(Code::device, "NCCL, " + where + ": " + call + " failed (found " + ncclGetErrorString(status) + ": " +
-                           ncclGetLastError(nullptr) +
-                           ", expected success). Set NCCL_DEBUG=INFO to see why, one GPU per rank.");
+    fail(Code::device,
+         "NCCL, " + where + ": " + call + " failed (found " + ncclGetErrorString(status) + ": " + ncclGetLastError(nullptr) +
+             ", expected success). Give each rank a GPU of its own; NCCL_DEBUG=INFO in the environment says more.");
 }
 // Ranks that are processes with a GPU each; their communicator only hands round the name of the meeting.
 class Nccl {
@@ -2445,8 +2448,7 @@ public:
         const std::size_t stride = b.logits.stride;
         host_logits_ = Memory(Memory::Kind::pinned, sizeof(float) * matvec_rows * stride, "logits");
         if (transport_.kind == Transport::Kind::staged)
-            staging_ =
-                Memory(Memory::Kind::pinned, (ranks_.size() * staged_rows * b.x.stride + 1) * sizeof(float), "sums over ranks");
+            staging_ = Memory(Memory::Kind::pinned, (staged_rows * b.x.stride + 1) * sizeof(float), "sums over ranks");
         const char* graphs = std::getenv("LLAMA3_CUDA_GRAPHS");  // 0: every step is launched stage by stage, for debuggers
         use_graphs_ = transport_.kind != Transport::Kind::staged && (!graphs || std::strcmp(graphs, "0") != 0);
     }
@@ -2483,10 +2485,9 @@ public:
         if (on_the_way_ > 0) {
             // Copied when they are asked for: a token that is drawn on the device does not need them.
             const UseGpu use(lanes_[0]->gpu.index);
-            reserve_host_logits(on_the_way_);
-            check(cudaMemcpyAsync(host_logits_.data(), l.data, sizeof(float) * static_cast<std::size_t>(on_the_way_) * l.stride,
-                                  cudaMemcpyDeviceToHost, ranks_[0]->stream()),
-                  "cudaMemcpyAsync", "logits");
+            const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(on_the_way_) * l.stride;
+            if (host_logits_.bytes() < bytes) host_logits_ = Memory(Memory::Kind::pinned, bytes, "logits on the host");
+            copy_async(host_logits_.data(), l.data, bytes, cudaMemcpyDeviceToHost, ranks_[0]->stream(), "logits");
             lanes_[0]->stream.wait("logits");
             on_the_way_ = 0;
         }
@@ -2510,7 +2511,7 @@ public:
         const UseGpu use(lanes_[0]->gpu.index);
         cancel_ = cancel, stopped_ = false;
         on_the_way_ = 0;
-        for (const auto& lane : lanes_) lane->stream.wait("step");  // the tables may still be on their way to the last one
+        wait_all("step");  // the tables may still be on their way to the last one
         const int n = batch.size(), wanted = fill_tables(batch);
         // a graph has a row for each, whether or not it is wanted
         Tensor logits = ranks_[0]->reserve_logits(n <= matvec_rows ? n : wanted);
@@ -2537,10 +2538,8 @@ public:
         }
         if (transport_.kind == Transport::Kind::peers) meet();  // the first has all logits then
         // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
-        if (n > matvec_rows || stop())
-            for (const auto& lane : lanes_) lane->stream.wait("step of " + std::to_string(n) + " tokens");
+        if (n > matvec_rows || stop()) wait_all("step of " + std::to_string(n) + " tokens");
         device_logits_ = logits, on_the_way_ = wanted;
-        if (transport_.kind == Transport::Kind::staged && !split_logits() && !stop()) gather_logits(logits);
         return !stop();
     }
     int draw(int i, const Sampling& s, std::uint64_t random) override {
@@ -2550,10 +2549,10 @@ public:
         const cudaStream_t stream = ranks_[0]->stream();
         DrawEntry& entry = *drawn_.as<DrawEntry>();
         entry = {s.temperature, s.top_p, s.min_p, s.top_k, i, -1, static_cast<double>(random >> 11) * 0x1p-53};
-        check(cudaMemcpyAsync(b.draw, &entry, sizeof entry, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync", "sampling");
+        copy_async(b.draw, &entry, sizeof entry, cudaMemcpyHostToDevice, stream, "sampling");
         launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream, device_logits_.data,
                device_logits_.stride, device_logits_.columns, b.draw);
-        check(cudaMemcpyAsync(&entry, b.draw, sizeof entry, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync", "sampling");
+        copy_async(&entry, b.draw, sizeof entry, cudaMemcpyDeviceToHost, stream, "sampling");
         lanes_[0]->stream.wait("step and sampling");
         return entry.token;
     }
@@ -2587,13 +2586,13 @@ public:
     void down(Tensor x, Tensor hidden, const Layer& layer) override {
         add_product("down", x, layer, &Layer::down, hidden, &Buffers::hidden);
     }
-    // Every rank has some columns; where it can it stores them in the first one's memory.
+    // Every rank of this process has some columns of the first one's rows.
     void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
         if (stop() || logits.rows == 0) return;
         each([&](CudaRank& r, bool lead) {
+            const Share& share = r.share();
             Tensor part = logits;
-            if (!lead && transport_.kind == Transport::Kind::staged) part = r.reserve_logits(logits.rows);
-            else part.data += lead ? 0 : first_logit(r);
+            part.data += lead ? 0 : detail::border(model_.config().vocab_size, panel_rows, share.rank, share.ranks);
             r.logits(part, lead ? x : r.buffers().x, lead ? weights : r.weights());
         });
     }
@@ -2621,7 +2620,7 @@ public:
     const CudaRank& rank(std::size_t i) const { return *ranks_[i]; }
 
 private:
-    static constexpr std::size_t staged_rows = 64;  // that the host sums at a time
+    static constexpr int staged_rows = 64;  // that are summed at a time
 
     template <class F>
     static void on(const Lane& lane, const F& f) {
@@ -2636,9 +2635,6 @@ private:
         return &r == ranks_[0].get() ? layer : r.weights().layers[static_cast<std::size_t>(layer.index)];
     }
     bool split_logits() const { return options_.communicator && ranks_[0]->share().ranks > 1; }
-    std::ptrdiff_t first_logit(const CudaRank& r) const {
-        return detail::border(model_.config().vocab_size, panel_rows, r.share().rank, r.share().ranks);
-    }
 
     // Whether the step ends early. One thread decides for all its ranks; where others are elsewhere, they agree in the sums.
     bool stop() {
@@ -2652,6 +2648,9 @@ private:
         stopped_ = wishes > 0;
     }
 
+    void wait_all(const std::string& where) const {
+        for (const auto& lane : lanes_) lane->stream.wait(where);
+    }
     // Every lane waits for what all have been given so far.
     void meet() {
         if (lanes_.size() == 1) return;
@@ -2692,11 +2691,9 @@ private:
             each([&](CudaRank& r, bool lead) { r.join(stage, x_of(r, lead), 0, n, parts); });
             meet();  // before the parts are overwritten
         } else if (transport_.kind == Transport::Kind::staged) {
-            for (int first = 0; first < n && !stopped_; first += static_cast<int>(staged_rows))
-                sum_on_host(first, std::min(static_cast<int>(staged_rows), n - first));
-            each([&](CudaRank& r, bool lead) {
-                if (!stopped_) r.join(stage, x_of(r, lead), 0, n, {{r.buffers().partial.data}, 1});
-            });
+            for (int first = 0; first < n && !stopped_; first += staged_rows)
+                sum_on_host(first, std::min(staged_rows, n - first));
+            if (!stopped_) ranks_[0]->join(stage, x, 0, n, {{ranks_[0]->buffers().partial.data}, 1});
         } else if (transport_.kind == Transport::Kind::nccl) {
             if (n > matvec_rows) agree();
             if (!stopped_) gather_parts(stage, x, n);
@@ -2704,32 +2701,17 @@ private:
     }
     int n_tokens() const { return ranks_[0]->n_tokens(); }
 
-    // Rows of the parts become the sum, on every rank.
+    // Rows of this rank's part become those of the sum.
     void sum_on_host(int first, int n) {
-        const std::size_t row = ranks_[0]->buffers().partial.stride, count = static_cast<std::size_t>(n) * row;
+        const Tensor part = ranks_[0]->buffers().partial;
+        const std::size_t count = static_cast<std::size_t>(n) * part.stride;
         float* const sum = staging_.as<float>();
-        std::vector<const float*> parts;
-        each([&](CudaRank& r, bool) {
-            float* const part = sum + parts.size() * staged_rows * row;
-            check(cudaMemcpyAsync(part, r.buffers().partial.row(first), count * sizeof(float), cudaMemcpyDeviceToHost,
-                                  r.stream()),
-                  "cudaMemcpyAsync", "sums over ranks");
-            parts.push_back(part);
-        });
-        for (const auto& lane : lanes_) lane->stream.wait("sums over ranks");
-        if (options_.communicator) {
-            sum[count] = wish();  // travels with the sum
-            options_.communicator->all_reduce_sum({sum, count + 1});
-            stopped_ = sum[count] > 0;
-        } else {
-            join_ranks(sum, parts, count);
-        }
-        each([&](CudaRank& r, bool) {
-            check(
-                cudaMemcpyAsync(r.buffers().partial.row(first), sum, count * sizeof(float), cudaMemcpyHostToDevice, r.stream()),
-                "cudaMemcpyAsync", "sums over ranks");
-        });
-        for (const auto& lane : lanes_) lane->stream.wait("sums over ranks");  // the host's copy is used again
+        copy_async(sum, part.row(first), count * sizeof(float), cudaMemcpyDeviceToHost, ranks_[0]->stream(), "sums over ranks");
+        wait_all("sums over ranks");
+        sum[count] = wish();  // travels with the sum
+        options_.communicator->all_reduce_sum({sum, count + 1});
+        stopped_ = sum[count] > 0;
+        copy_async(part.row(first), sum, count * sizeof(float), cudaMemcpyHostToDevice, ranks_[0]->stream(), "sums over ranks");
     }
 
     // The ranks' parts of as many rows at a time as the slots, which nothing else is in, have room for.
@@ -2746,31 +2728,6 @@ private:
             ranks_[0]->join(stage, x, first, rows, parts);
         }
 #endif
-    }
-
-    // Where ranks do not reach the first one's memory, rows of logits are put together on the host.
-    void gather_logits(Tensor logits) {
-        const int rows = logits.rows;
-        if (rows == 0) return;
-        reserve_host_logits(rows);
-        each([&](CudaRank& r, bool lead) {
-            const Tensor part = lead ? logits : r.reserve_logits(rows);
-            const std::size_t width = sizeof(float) * static_cast<std::size_t>(r.weights().output.rows);
-            check(cudaMemcpy2DAsync(host_logits_.as<float>() + first_logit(r), sizeof(float) * logits.stride, part.data,
-                                    sizeof(float) * part.stride, width, static_cast<std::size_t>(rows), cudaMemcpyDeviceToHost,
-                                    r.stream()),
-                  "cudaMemcpy2DAsync", "logits");
-        });
-        for (const auto& lane : lanes_) lane->stream.wait("logits");
-        check(cudaMemcpyAsync(logits.data, host_logits_.data(), sizeof(float) * static_cast<std::size_t>(rows) * logits.stride,
-                              cudaMemcpyHostToDevice, ranks_[0]->stream()),
-              "cudaMemcpyAsync", "logits");
-        on_the_way_ = 0;
-    }
-    void reserve_host_logits(int rows) const {
-        const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(rows) * device_logits_.stride;
-        if (host_logits_.bytes() >= bytes) return;
-        host_logits_ = Memory(Memory::Kind::pinned, bytes, "logits of " + std::to_string(rows) + " rows");
     }
 
     // One graph on each GPU, since each has a stream of its own in which nothing waits for another one's work but kernels.
@@ -2805,6 +2762,8 @@ private:
             const UseGpu use(lanes_[l]->gpu.index);
             call = "cudaGraphInstantiate";
             error = cudaGraphInstantiate(&lanes_[l]->graphs[i].value, captured[l], 0);
+            if (error == cudaSuccess)  // now, not while kernels of other GPUs wait for it
+                error = cudaGraphUpload(lanes_[l]->graphs[i].value, lanes_[l]->stream.value);
         }
         drop();
         if (error != cudaSuccess || stopped_)
@@ -2821,7 +2780,7 @@ private:
     std::vector<std::unique_ptr<Lane>> lanes_;
     std::vector<std::unique_ptr<CudaRank>> ranks_;
     mutable Memory host_logits_;  // pinned: [rows that wanted them, V rounded up]
-    Memory staging_;              // pinned: [ranks, staged_rows, D], and the wish to stop
+    Memory staging_;              // pinned: [staged_rows, D], and the wish to stop
     Memory drawn_{Memory::Kind::pinned, sizeof(DrawEntry), "token"};
     Tensor device_logits_;                                      // of the last step
     mutable int on_the_way_ = 0;                                // rows of them that the host has not got
@@ -2869,6 +2828,8 @@ public:
         if (limited && options.ranks > most_ranks)
             fail(Code::argument, "Options::ranks: too many for GPUs (found " + std::to_string(options.ranks) +
                                      ", expected at most " + std::to_string(most_ranks) + "). Use fewer.");
+        // Ranks that do not reach each other's memory become threads that meet on the host.
+        if (alone && options.ranks > 1 && !veto().empty()) return detail::open_in_process(*this, model, options);
         const std::lock_guard lock(mutex_);
         const UseGpu use(gpu_of(shares[0]).index);
         std::vector<std::shared_ptr<const DeviceWeights>> weights;
@@ -2899,7 +2860,7 @@ public:
             places.push_back({gpu, weights[i]});
         }
         std::shared_ptr<const Nccl> nccl;
-        Transport transport = transport_of(options, shares);
+        Transport transport = transport_of(options);
 #ifdef LLAMA3_NCCL
         if (transport.kind == Transport::Kind::nccl && !(nccl = nccl_.lock()))
             nccl_ = nccl = std::make_shared<const Nccl>(*options.communicator);
@@ -2961,39 +2922,36 @@ private:
         check_matrix("output", weights.output);
     }
 
-    Transport transport_of(const Options& options, const std::vector<Share>& shares) {
+    Transport transport_of(const Options& options) const {
         using Kind = Transport::Kind;
+        const std::size_t n = std::min(gpus_.size(), static_cast<std::size_t>(options.ranks));
         if (options.ranks == 1) return {};
-        if (options.communicator) {
+        if (options.communicator && !veto_.empty()) return {Kind::staged, "through the host, because " + veto_};
+        if (options.communicator)
 #ifdef LLAMA3_NCCL
             return {Kind::nccl, "by NCCL"};
 #else
-            return {Kind::staged,
-                    "through the host and " + options.communicator->describe() + ", because NCCL is not compiled in"};
+            return {Kind::staged, "through the host, because NCCL is not compiled in"};
 #endif
-        }
-        std::vector<Gpu> used;
-        for (const Share& share : shares)
-            if (std::none_of(used.begin(), used.end(), [&](const Gpu& g) { return g.index == gpu_of(share).index; }))
-                used.push_back(gpu_of(share));
-        if (used.size() == 1) return {Kind::peers, "in the memory of one GPU"};
-        for (const Gpu& from : used)
-            for (const Gpu& to : used)
-                if (from.index != to.index)
-                    if (const std::string& veto = veto_of(from, to); !veto.empty())
-                        return {Kind::staged, "through the host, because " + veto};
-        return {Kind::peers, "pushed between " + std::to_string(used.size()) + " GPUs that reach each other's memory"};
+        return {Kind::peers, n == 1 ? "in the memory of one GPU"
+                                    : "pushed between " + std::to_string(n) + " GPUs that reach each other's memory"};
+    }
+    // Why some two of the GPUs cannot work together, or nothing.
+    std::string veto() {
+        const std::lock_guard lock(mutex_);
+        for (const Gpu& from : gpus_)
+            for (const Gpu& to : gpus_)
+                if (from.index != to.index && veto_.empty()) veto_ = veto_of(from, to);
+        return veto_;
     }
     // Why a GPU cannot use the memory of another, or nothing. That the driver allows it is not enough: on some machines what is
     // stored there gets lost.
-    const std::string& veto_of(const Gpu& from, const Gpu& to) {
-        const auto [entry, is_new] = vetoes_.try_emplace({from.index, to.index});
-        std::string& veto = entry->second;
-        if (!is_new) return veto;
+    std::string veto_of(const Gpu& from, const Gpu& to) {
+        if (!tested_.insert({from.index, to.index}).second) return "";
         const std::string pair = from.text() + " and " + to.text();
         int can = 0;
         check(cudaDeviceCanAccessPeer(&can, from.index, to.index), "cudaDeviceCanAccessPeer", pair);
-        if (!can) return veto = from.text() + " cannot reach the memory of " + to.text();
+        if (!can) return from.text() + " cannot reach the memory of " + to.text();
         const UseGpu use(from.index);
         const cudaError_t error = cudaDeviceEnablePeerAccess(to.index, 0);
         if (error == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();
@@ -3014,18 +2972,18 @@ private:
                seed);
         check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", pair);
         check(cudaMemcpy(found.data(), copy.data(), n * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy", pair);
-        if (found != sent) return veto = from.text() + " loads something else from " + to.text() + " than is there";
+        if (found != sent) return from.text() + " loads something else from " + to.text() + " than is there";
         for (float& x : sent) x += seed;
         check(cudaMemcpy(found.data(), source + n, n * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy", pair);
-        if (found != sent) veto = "what " + from.text() + " stores in " + to.text() + " does not arrive";
-        return veto;
+        return found == sent ? "" : "what " + from.text() + " stores in " + to.text() + " does not arrive";
     }
 
     std::vector<Gpu> gpus_;  // rank r is on number r % size
     Progress progress_;
     std::mutex mutex_;
     std::map<std::tuple<const Model::Impl*, int, int>, std::weak_ptr<const DeviceWeights>> weights_;  // for all sessions
-    std::map<std::pair<int, int>, std::string> vetoes_;
+    std::set<std::pair<int, int>> tested_;                                                            // pairs of GPUs
+    std::string veto_;
 #ifdef LLAMA3_NCCL
     std::weak_ptr<const Nccl> nccl_;
 #endif

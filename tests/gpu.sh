@@ -79,6 +79,11 @@ run demo_cuda 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids -
 run demo_cuda_again 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids --device cuda
 cmp -s "$folder/demo_cuda.log" "$folder/demo_cuda_again.log"
 report "two_runs_are_equal" $?
+for ranks in 2 4; do # in lock-step on one GPU; the prompt is short enough for matrix x vector, whose bits do not depend on ranks
+    run "demo_cuda_${ranks}_ranks" 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids --device cuda --ranks $ranks
+    cmp -s "$folder/demo_cuda.log" "$folder/demo_cuda_${ranks}_ranks.log"
+    report "${ranks}_ranks_equal_one" $?
+done
 echo "tokens that CPU and GPU share from the start: $(cat "$folder/demo_cpu.log" "$folder/demo_cuda.log" |
     awk '{ for (i = 1; i <= NF; ++i) t[NR, i] = $i; n = NF } END { i = 1; while (i <= n && t[1, i] == t[2, i]) ++i; print i - 1 " of " n }')"
 

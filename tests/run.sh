@@ -165,7 +165,7 @@ soak() {
 
 # The core and the logits with each instruction set; the suite without LLAMA3_ISA took the best of the machine.
 instruction_sets() {
-    for isa in baseline avx2 avx_vnni avx512 avx512_bf16; do
+    for isa in baseline avx2 avx_vnni avx512 avx512_bf16 neon; do
         # The plain loops take minutes for the longest of the golden sequences; core shows that their bits are those of the others.
         case $isa in baseline) golden= ;; *) golden='--suite golden' ;; esac
         if LLAMA3_ISA=$isa build/bench -p 1 -n 0 -r 1 >/dev/null 2>&1; then
@@ -176,8 +176,8 @@ instruction_sets() {
     done
 }
 
-# The suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its core under ThreadSanitizer, with the team of std::threads:
-# OpenMP's threads are opaque to them. Meson builds what the chosen tests need.
+# The suite under AddressSanitizer and UndefinedBehaviorSanitizer, and its core under ThreadSanitizer, with the team of std::threads and
+# ranks in one process: OpenMP's threads are opaque to them, and MPI's own leaks and races are not ours. Meson builds what the chosen tests need.
 sanitizers() {
     check "sanitizers, planted overflow" sees address,undefined 'int main(int n, char**) { return n > 9 ? 0 : (new int[2])[n + 1]; }'
     check "sanitizers, planted leak" sees address,undefined 'int* p; int main() { p = new int; p = nullptr; }'
@@ -192,7 +192,7 @@ int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
 sanitized() { # a folder, sanitizers, and meson's choice of tests
     folder=build/$1
     [ -f "$folder/build.ninja" ] || CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all meson setup "$folder" "-Db_sanitize=$2" -Dtests=enabled \
-        -Dopenmp=disabled -Dcuda=disabled -Dmpi=disabled -Db_lundef=false -Doptimization=1 || return
+        -Dopenmp=disabled -Dmpi=disabled -Dcuda=disabled -Db_lundef=false -Doptimization=1 || return
     shift 2
     meson test -C "$folder" --timeout-multiplier 5 "$@"
 }

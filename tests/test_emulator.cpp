@@ -254,6 +254,36 @@ void copy_for_others_kernel(uint4* out, const uint4* x) {
     cuda_emu::store16(out + threadIdx.x, cuda_emu::load16<uint4>(s + (threadIdx.x ^ 1)));
 }
 
+void send_kernel(float* box) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    const float x = float(i) + 1;
+    cuda_emu::store_remote16(box + 4 * i, make_float4(x, x, x, x));
+}
+void wait_kernel(const float* box, float* seen) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+    unsigned looks = 0;
+    float4 v = cuda_emu::load_remote16(box + 4 * i);
+    for (; v.x == 0; v = cuda_emu::load_remote16(box + 4 * i)) cuda_emu::wait_for_others(looks);
+    __syncthreads();
+    cuda_emu::store16(seen + 4 * i, v);
+}
+// A number goes round, `rounds` times; -1: it is waited for, and never comes.
+void ring_kernel(float* boxes, int rounds) {
+    const unsigned next = (blockIdx.x + 1) % gridDim.x;
+    unsigned looks = 0;
+    for (int i = 0; i < (rounds < 0 ? 1 : rounds); ++i) {
+        const float expected = float(i) + (blockIdx.x > 0) - float(rounds < 0) * 100;
+        if (threadIdx.x == 0) {
+            while (cuda_emu::load_remote16(boxes + 4 * blockIdx.x).x != expected) cuda_emu::wait_for_others(looks);
+            const float x = float(i) + 1;
+            cuda_emu::store_remote16(boxes + 4 * next, make_float4(x, x, x, x));
+        }
+        __syncthreads();
+    }
+}
+void through_table_kernel(float* const* table, float* out) {
+    cuda_emu::store16(out, cuda_emu::load16<float4>(table[0]));
+}
 void scale_kernel(float* p, float by, int n) {
     const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
     if (i < n) p[i] *= by;
@@ -589,6 +619,69 @@ TEST_SUITE("core: CUDA emulator") {
         CHECK(cudaMalloc(&q, available + 1) == cudaErrorMemoryAllocation);
         CHECK(std::string(cudaGetErrorName(cudaGetLastError())) == "cudaErrorMemoryAllocation");
         CHECK(q == nullptr);
+    }
+
+    TEST_CASE("a kernel that waits for another device goes on once that has stored, and one that waits for nobody is found") {
+        in_every_order([] {
+            cuda_emu::device_count = 2;
+            const auto on = [](int device, const auto& f) {
+                cudaSetDevice(device);
+                f();
+                cudaSetDevice(0);
+            };
+            const Array<float> box(std::vector<float>(64 * 4, 0.f)), seen(64 * 4);
+            cudaStream_t streams[2];
+            on(0, [&] { cudaStreamCreateWithFlags(&streams[0], cudaStreamNonBlocking); });
+            on(1, [&] { cudaStreamCreateWithFlags(&streams[1], cudaStreamNonBlocking), cudaDeviceEnablePeerAccess(0, 0); });
+            for (const bool lazy : {false, true}) {
+                cuda_emu::lazy_streams = lazy;
+                CHECK(cudaMemsetAsync(box.at, 0, 64 * 16, streams[0]) == cudaSuccess);
+                on(0, [&] { cuda_emu::launch("wait", wait_kernel, 2, 32, 0, streams[0], box.at, seen.at); });
+                on(1, [&] { cuda_emu::launch("send", send_kernel, 2, 32, 0, streams[1], box.at); });
+                CHECK(cudaStreamSynchronize(streams[0]) == cudaSuccess);
+                CHECK(seen.values()[63 * 4] == 64.f);
+                CHECK(cudaStreamSynchronize(streams[1]) == cudaSuccess);
+            }
+            cuda_emu::lazy_streams = false;
+            cudaMemsetAsync(box.at, 0, 64 * 16, streams[0]);
+            cuda_emu::broken_peer = {1, 0};
+            on(0, [&] { cuda_emu::launch("wait", wait_kernel, 2, 32, 0, streams[0], box.at, seen.at); });
+            on(1, [&] { cuda_emu::launch("send", send_kernel, 2, 32, 0, streams[1], box.at); });
+            CHECK_SAYS(fault_in([&] { cudaStreamSynchronize(streams[0]); }), "waits for other devices for ever");
+            cuda_emu::broken_peer = {-1, -1};
+            on(1, [&] { cuda_emu::launch("send", send_kernel, 2, 32, 0, streams[1], box.at); });
+            CHECK(cudaStreamSynchronize(streams[0]) == cudaSuccess);
+            for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
+            cuda_emu::runtime().peers.clear();
+            cuda_emu::device_count = 1;
+            cudaGetLastError();
+        });
+    }
+
+    TEST_CASE("blocks of a cooperative launch wait for each other, and blocks of another launch do so for ever") {
+        in_every_order([] {
+            const Array<float> boxes(std::vector<float>(3 * 4, 0.f));
+            cuda_emu::cooperative = true;
+            run(ring_kernel, 3, 32, 0, boxes.at, 5);
+            CHECK(boxes.values()[0] == 5.f);
+            cuda_emu::cooperative = true;
+            CHECK_SAYS(fault_of(ring_kernel, 1, 32, 0, boxes.at, -1), "waits for ever");
+            run(scale_kernel, 1, 4, 0, boxes.at, 2.f, 4);
+        });
+    }
+
+    TEST_CASE("memory of another device that a kernel finds through a table is found as well") {
+        cuda_emu::device_count = 2;
+        cuda_emu::runtime().peers.clear();
+        cudaSetDevice(1);
+        {
+            const Array<float> far(std::vector<float>(4, 1.f));
+            cudaSetDevice(0);
+            const Array<float> out(4);
+            const Array<float*> table(std::vector<float*>{far.at});
+            CHECK_SAYS(fault_of(through_table_kernel, 1, 1, 0, table.at, out.at), "memory that device 0 has no access to");
+        }
+        cuda_emu::device_count = 1;
     }
 
     TEST_CASE("a second device is another memory") {

@@ -28,7 +28,7 @@ class Job:
 
     def __init__(self, ranks, program, *flags, env=None):
         self.mark = f"LLAMA3_TEST_JOB={uuid.uuid4().hex}"
-        oversubscribe = ["--oversubscribe"] if OPEN_MPI else []
+        oversubscribe = ["--oversubscribe", "--bind-to", "none"] if OPEN_MPI else []
         settings = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_WAIT_POLICY": "passive",
                     "OMPI_MCA_btl_vader_single_copy_mechanism": "none"}  # containers forbid the other one, which it then tells
         name, value = self.mark.split("=")

@@ -28,6 +28,7 @@ LIMITS = [  # the first that matches the name
     (r"attend_split<", 168),
     (r"flash_attention<", 255),  # 128 threads, 2 blocks
     (r"draw_token", 64),
+    (r"join_slots<16>", 128),  # 16 parts of 4 columns, in flight together
     (r"", 64),
 ]
 
@@ -87,6 +88,27 @@ class Nvcc(unittest.TestCase):
     def test_shared_memory_is_all_dynamic(self):
         self.assertEqual([k for k in self.kernels if k[5] > 0 and not k[0] in ("sm_90", "sm_100", "sm_120")], [])
         self.assertEqual([k for k in self.kernels if k[5] > 1024], [])  # from sm_90 on the system takes 1 KB
+
+
+NCCL = [folder for folder in ("/usr/local/cuda", "/usr/local", "/usr") if os.path.exists(os.path.join(folder, "include/nccl.h"))]
+
+
+@unittest.skipUnless(NVCC and NCCL, "did not run: nvcc or nccl.h is not installed")
+class Nccl(unittest.TestCase):
+    def test_with_nccl_it_compiles_without_warnings_and_a_program_links(self):
+        cuda = os.path.dirname(os.path.dirname(os.path.realpath(NVCC)))
+        libraries = [os.path.join(folder, "lib64") for folder in (cuda, *NCCL)] + [os.path.join(folder, "lib") for folder in (cuda, *NCCL)]
+        with tempfile.TemporaryDirectory() as folder:
+            program = os.path.join(folder, "program.cpp")
+            with open(program, "w") as file:
+                file.write('#define LLAMA3_IMPLEMENTATION\n#include "llama3.hpp"\nint main() { return llama3::cuda() ? 0 : 1; }\n')
+            for command in (
+                    [NVCC, "-std=c++20", "-O1", "-DLLAMA3_NCCL", "-arch=sm_80", "-x", "cu", "-c", "kernels.cuh", "-o", folder + "/kernels.o",
+                     "-I" + NCCL[0] + "/include"],
+                    ["g++", "-std=c++20", "-O1", "-I.", program, folder + "/kernels.o", "-o", folder + "/program",
+                     *("-L" + l for l in libraries), "-lnccl", "-lcudart", "-lcublasLt", "-pthread"]):
+                done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+                self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
 
 
 if __name__ == "__main__":

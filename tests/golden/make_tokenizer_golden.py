@@ -74,17 +74,15 @@ def unicode_tables(out):
     beyond_ascii = [s for s in contraction_letters() if not s.isascii()]
     assert [hex(ord(s)) for s in beyond_ascii] == ["0x17f"], beyond_ascii
     print(f"// Written by tests/golden/make_tokenizer_golden.py --unicode-tables with tiktoken {tiktoken.__version__}.\n"
-          "// An entry is (first code point << 2) | class; class 0 other, 1 letter, 2 number, 3 white space; the run extends\n"
-          "// to the next entry. Not ASCII, but matched in contractions: U+017F (long s) as s.", file=out)
-    print("static constexpr uint32_t unicode_runs[] = {", file=out)
-    line = "   "
-    for first, number in runs:
-        entry = f" {first << 2 | number:#x},"
-        if len(line) + len(entry) > 128:
-            print(line, file=out)
-            line = "   "
-        line += entry
-    print(line + "\n};", file=out)
+          "// The runs of code points of one class, from 0 on: (length << 2) | class in hexadecimal, the lowest digit first, written a to p,\n"
+          "// the last one as a capital; class 0 other, 1 letter, 2 number, 3 white space. Not ASCII, but matched in contractions: U+017F\n"
+          "// (long s) as s.", file=out)
+    text = ""
+    for (first, number), (end, _) in zip(runs, runs[1:] + [(0x110000, 0)]):
+        digits = f"{(end - first) << 2 | number:x}"[::-1]
+        text += "".join(chr(ord("a") + int(d, 16)) for d in digits[:-1]) + chr(ord("A") + int(digits[-1], 16))
+    lines = [f'    "{text[i:i + 122]}"' for i in range(0, len(text), 122)]
+    print("constexpr std::string_view packed_runs =\n" + "\n".join(lines) + ";", file=out)
     counts = {name: (sum(v == n for v in of), sum(v == n for _, v in runs))
               for n, name in ((1, "letters"), (2, "numbers"), (3, "white space"))}
     print(f"{len(runs)} entries; " + ", ".join(f"{a} {name} in {b} runs" for name, (a, b) in counts.items())
