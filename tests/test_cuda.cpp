@@ -658,8 +658,8 @@ TEST_SUITE("core: ranks on the device") {
         const auto device = cuda();
         without_tensor_cores(false);
         for (const Format format : all_formats) {
-            const Model model = Model::synthetic(config_of(segmented), format);
-            const std::vector<int> tokens = some_tokens(9, model.config().vocab_size);
+            const Model model = Model::synthetic(config_of(segmented, 2048, 1), format);
+            const std::vector<int> tokens = some_tokens(7, model.config().vocab_size);
             for (const int chunk : {1, 3, 8}) {
                 if (chunk != 1 && format != Format::q8) continue;
                 const Format kv = cache_formats[chunk % 3];
@@ -768,7 +768,7 @@ TEST_SUITE("core: ranks on the device") {
         for (int r = 0; r < ranks; ++r) to[r] = p.slots.data + static_cast<std::size_t>(r) * own;
         gpu::Slots slots = p.slots;
         slots.data = to[rank];
-        for (slots.index = 0; slots.index < static_cast<unsigned>(p.exchanges); ++slots.index) {
+        for (int e = 0; e < p.exchanges; ++e, ++slots.index) {
             const std::size_t row =
                 (slots.index * static_cast<std::size_t>(ranks) + static_cast<std::size_t>(rank)) * slots.stride + at;
             const unsigned exchange = slots.exchange();
@@ -848,7 +848,7 @@ TEST_SUITE("core: ranks on the device") {
     }
     void check_several(int gpus, int ranks, const char* transport) {
         for (const Format format : {Format::q8, Format::f32}) {
-            const Model model = Model::synthetic(config_of(segmented), format);
+            const Model model = Model::synthetic(config_of(segmented, 2048, format == Format::q8 ? 2 : 1), format);
             const std::vector<int> tokens = some_tokens(10, model.config().vocab_size);
             for (const int chunk : {1, 5, 10}) {
                 if ((chunk == 5) != (format == Format::f32) && chunk != 1) continue;
