@@ -4277,7 +4277,8 @@ public:
         return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
     }
     Tensor tensor(int rows, int columns) {
-        const std::size_t stride = static_cast<std::size_t>(round_up(columns, 64));
+        // Products write a few columns of many rows. A power of two apart these would share a few sets of the cache.
+        const std::size_t width = static_cast<std::size_t>(round_up(columns, 64)), stride = width % 512 ? width : width + 16;
         return {take<float>(static_cast<std::size_t>(rows) * stride), rows, columns, stride};
     }
     std::size_t used() const { return used_; }
@@ -4314,7 +4315,7 @@ struct CpuBuffers {
         packed = arena.take<std::byte>(packed_bytes);
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
         const int queries = std::max(attention_queries, c.n_heads / c.n_kv_heads);
-        scratch_floats = std::max<std::size_t>(max_tile_tokens * static_cast<std::size_t>(round_up(c.dim, 64)),
+        scratch_floats = std::max<std::size_t>(max_tile_tokens * x.stride,
                                                attention_floats(queries, c.head_dim) + 2 * mix_floats(queries, c.head_dim));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
         room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
