@@ -28,7 +28,7 @@ LIMITS = [  # the first that matches the name
     (r"attend_split<", 168),
     (r"flash_attention<", 255),  # 128 threads, 2 blocks
     (r"draw_token", 64),
-    (r"join_slots<16>", 128),  # 16 parts of 4 columns, in flight together
+    (r"join_slots<(8|16)>", 128),  # 128 threads; 8 or 16 parts of 4 columns in flight together
     (r"", 64),
 ]
 
