@@ -238,7 +238,7 @@ std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
 
 // The processes that `mpirun -n R program` started, as ranks (§13); defined where LLAMA3_MPI is, together with the
 // implementation. Starts MPI if the program has not; the last owner ends it, and on rank 0 sends the others home from follow().
-// A rank that does not hear from the others for timeout_seconds throws Error(device).
+// A rank that does not hear from the others for timeout_seconds throws Error(device). Call it once.
 std::shared_ptr<Communicator> mpi(double timeout_seconds = 120);
 
 struct Options {
@@ -247,13 +247,15 @@ struct Options {
     Format kv = Format::bf16;          // format of the cache: f32, bf16 or q8
     int threads = 0;                   // CPU threads of each rank; 0: what the machine gives this process, shared by its ranks
     int ranks = 1;                     // that share each matrix (§13): threads of this process, or GPUs that it drives
-    std::shared_ptr<Communicator> communicator{};  // instead: this process is one rank of several; not nullptr on all of them
+    std::shared_ptr<Communicator> communicator{};  // instead: this process is one rank of several; all sessions with it then
+                                                   // belong to one thread at a time
     int chunk = 512;                               // tokens per step of a long prompt; a GPU is faster with 2048
     std::string isa{};  // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
 // What a process does that is not rank 0 of Options::communicator: its share of every step of the sessions that rank 0 has.
-// Returns when rank 0 lets go of its communicator. Device, threads and isa are this rank's own, the rest is as rank 0 has it.
+// Returns when rank 0 lets go of its communicator. The number of threads is this rank's own; the kind of device and the isa must
+// be those of rank 0, and the rest is. After an error call communicator->abort(): the others wait for this rank.
 void follow(const Model& model, const Options& options);
 
 // Seconds spent in each stage (§3), indexed by Stage; communicate: in the sums over ranks, waiting for the others included.
@@ -287,7 +289,8 @@ public:
     StageTimes stage_times() const;         // of its back end, since it was opened
     const Model& model() const;
     void rewind(int position);        // forgets the tokens from `position` on; logits() is then empty
-    void cancel() noexcept;           // from any thread: a running feed() stops within one stage with Error(cancelled)
+    void cancel() noexcept;           // from any thread: a running feed() stops with Error(cancelled) within one stage, or
+                                      // where ranks meet next
     bool cancelled() const noexcept;  // a cancel() is waiting for the next feed() or generate(), which consumes it
     void reset_cancel() noexcept;
 
@@ -1813,9 +1816,10 @@ void commit(Session::Impl& session, std::span<const int> tokens, std::span<const
 }
 
 void bring_logits(Session::Impl& session) {
-    if (!std::exchange(session.only_on_device, false)) return;
+    if (!session.only_on_device) return;
     const std::span<const float> logits = session.backend->logits(session.backend_row);
     std::copy(logits.begin(), logits.end(), session.logits.begin());
+    session.only_on_device = false;
 }
 
 void feed(Session::Impl& session, std::span<const int> tokens, const std::function<void(int, std::span<const float>)>* each) {
@@ -1828,6 +1832,8 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
              "Feed the begin token at least");
     if (session.cancel) fail_cancelled(session, where);
     bring_logits(session);
+    if (tokens.empty()) return;
+    session.backend_row = -1;  // the back end's rows are another call's from here on, whether or not this one succeeds
 
     const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
     int chunk = std::min<int>(count, std::min<int>(session.options.chunk, session.backend->max_rows()));
@@ -1842,7 +1848,6 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
         if (!session.backend->step({rows}, &session.cancel)) fail_cancelled(session, where);
         for (int i = 0; each && i < static_cast<int>(rows.size()); ++i) (*each)(first + i, session.backend->logits(i));
     }
-    if (count == 0) return;
     const int row = each ? static_cast<int>(rows.size()) - 1 : 0;
     commit(session, tokens, session.backend->logits(row));
     session.backend_row = row;
@@ -4310,7 +4315,8 @@ struct CpuBuffers {
         mixed = arena.tensor(rows, c.n_heads * c.head_dim);
         hidden = arena.tensor(rows, c.ffn_dim);
         up = arena.tensor(rows, c.ffn_dim);
-        partial = arena.tensor(ranks > 1 ? rows + 1 : 0, c.dim);
+        const std::size_t sums = static_cast<std::size_t>(round_up(c.dim, 64));  // without a gap: they travel as they stand
+        if (ranks > 1) partial = {arena.take<float>((n + 1) * sums), rows + 1, c.dim, sums};
         packed_bytes = static_cast<std::size_t>(round_up(rows, max_tile_tokens)) * detail::packed_bytes(Format::f32, widest);
         packed = arena.take<std::byte>(packed_bytes);
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
@@ -4656,8 +4662,9 @@ std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
 // of attention_out and down are summed, twice per layer, and when somebody asks for logits. A rank's columns are whole segments,
 // so that its sum is a sub-tree of the one rank's, and join_ranks() the rest of the tree: the bits stay.
 //
-// Per token and layer a rank sends 2 (4 D + 4) bytes to each other one, the 4 being its wish to stop; per token rank 0 gets
-// 4 V/R bytes from each, or 8 k where the best k candidates decide (greedy: 1).
+// Per token and layer a rank sends 2 (4 D + 4) bytes to each other one (D in whole 64s), the 4 being its wish to stop; per token
+// rank 0 gets 4 V/R bytes from each, or 8 where the best candidate decides, 8 (k + 1) where the best k do. Between processes two
+// short commands go before these.
 //
 // Three ways to run: LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in
 // a LeadBackend that tells the others what to do, and those are in follow().
@@ -4690,11 +4697,12 @@ int share_of_segments(int segments, int ranks) { return segments % ranks == 0 ? 
 // R divides H; it divides K or is a multiple of it; heads fill whole panels, and units of attention_out; no rank stays empty.
 bool can_share(const Config& c, const Weights& weights, int ranks) {
     if (ranks == 1) return true;
-    const int unit = weights.layers.empty() ? 1 : unit_columns(weights.layers[0].attention_out.format);
+    int unit = panel_rows;
+    for (const Layer& layer : weights.layers) unit = std::max(unit, unit_columns(layer.attention_out.format));
     const int heads = c.n_heads / ranks, kv_heads = std::max(1, c.n_kv_heads / ranks);
     return c.n_heads % ranks == 0 && (c.n_kv_heads % ranks == 0 || ranks % c.n_kv_heads == 0) &&
-           heads * c.head_dim % std::max(panel_rows, unit) == 0 && kv_heads * c.head_dim % panel_rows == 0 &&
-           (c.ffn_dim + 63) / 64 >= ranks && (c.vocab_size + panel_rows - 1) / panel_rows >= ranks;
+           heads * c.head_dim % unit == 0 && kv_heads * c.head_dim % panel_rows == 0 && (c.ffn_dim + 63) / 64 >= ranks &&
+           (c.vocab_size + panel_rows - 1) / panel_rows >= ranks;
 }
 
 }  // namespace detail
@@ -4953,7 +4961,7 @@ std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, con
 struct Command {
     enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
     Format kv;
-    std::int32_t context, chunk, index, count;
+    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates
     std::uint64_t backend, cache;
 };
 struct CommandRow {
@@ -5010,8 +5018,13 @@ public:
         Command command = about(Command::Kind::open);
         command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
         tell(*communicator_, command);
-        check_same_model(*communicator_, model);
-        backend_ = device.open(model, options);
+        try {
+            check_same_model(*communicator_, model);
+            backend_ = device.open(model, options);
+        } catch (...) {
+            tell_quietly(*communicator_, about(Command::Kind::close));
+            throw;
+        }
     }
     ~LeadBackend() override { tell_quietly(*communicator_, about(Command::Kind::close)); }
 
@@ -5019,8 +5032,7 @@ public:
         auto cache = std::make_unique<Cache>(communicator_);
         Command command = about(Command::Kind::make_cache);
         command.cache = name_of(cache.get());
-        tell(*communicator_, command);
-        cache->local = backend_->make_cache();
+        together(command, {}, [&] { cache->local = backend_->make_cache(); });
         return cache;
     }
     int max_rows() const override { return backend_->max_rows(); }
@@ -5032,31 +5044,22 @@ public:
             row.cache = static_cast<Cache*>(row.cache)->local.get();
         }
         row_ = -1;
-        tell(*communicator_, about(Command::Kind::step), told);
-        return backend_->step({rows}, cancel);
+        bool done = false;
+        together(about(Command::Kind::step, 0, batch.size()), told, [&] { done = backend_->step({rows}, cancel); });
+        return done;
     }
     std::span<const float> logits(int i) const override {
         if (row_ == i) return whole_;
         whole_.resize(vocabulary_);
-        tell(*communicator_, about(Command::Kind::logits, i));
-        communicator_->gather(backend_->logits(i), whole_);
+        together(about(Command::Kind::logits, i), {}, [&] { communicator_->gather(backend_->logits(i), whole_); });
         row_ = i;
         return whole_;
     }
-    // Where the best few of each rank decide, only those travel.
+    // Where the best few decide, only those of each rank travel.
     int draw(int i, const Sampling& sampling, std::uint64_t random) override {
-        const int k = sampling.temperature == 0 ? 1 : sampling.top_k;
-        if (k < 1 || k > 64) return -1;
-        if (row_ != i) {
-            const std::size_t n = static_cast<std::size_t>(k);
-            std::vector<float> gathered(2 * n * static_cast<std::size_t>(communicator_->ranks()));
-            tell(*communicator_, about(Command::Kind::candidates, i, k));
-            communicator_->gather(best_candidates(backend_->logits(i), 0, k), gathered);
-            row_ = -1;
-            whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
-            for (std::size_t at = 0; at < gathered.size(); at += at % n == n - 1 ? n + 1 : 1)
-                if (gathered[at] == gathered[at]) whole_[static_cast<std::size_t>(gathered[at + n])] = gathered[at];
-        }
+        const bool greedy = sampling.temperature == 0;
+        if (!greedy && (sampling.top_k < 1 || sampling.top_k > 64)) return -1;
+        if (row_ != i && !gather_candidates(i, greedy ? 1 : sampling.top_k + 1, sampling)) logits(i);
         const FloatEnvironment environment;
         return draw_token(whole_, sampling, random, candidates_);
     }
@@ -5075,6 +5078,38 @@ private:
         }
         int capacity() const override { return local->capacity(); }
     };
+    // Tells the others and does the same here. What fails here has perhaps not failed there: nobody knows what to wait for then.
+    template <class F>
+    void together(const Command& command, std::span<const CommandRow> rows, const F& f) const {
+        if (lost_step_)
+            fail(Code::device, "rank 0", "the ranks have lost step", "an earlier failure", "none",
+                 "Let all ranks end: Communicator::abort()");
+        lost_step_ = true;
+        tell(*communicator_, command, rows);
+        f();
+        lost_step_ = false;
+    }
+    // Fills whole_ with the best n of each rank, the rest NaN. The top-k are among them: two logits may round to one probability,
+    // but where the last of a rank is below the k-th of all, so is what the rank has not sent. False where that is not so.
+    bool gather_candidates(int i, int n, const Sampling& sampling) {
+        const std::size_t count = static_cast<std::size_t>(n);
+        std::vector<float> gathered(2 * count * static_cast<std::size_t>(communicator_->ranks())), probabilities, last;
+        const std::vector<float> own = best_candidates(backend_->logits(i), 0, n);
+        together(about(Command::Kind::candidates, i, n), {}, [&] { communicator_->gather(own, gathered); });
+        row_ = -1;
+        whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
+        for (std::size_t at = 0; at < gathered.size(); at += at % count == count - 1 ? count + 1 : 1)
+            if (gathered[at] == gathered[at]) whole_[static_cast<std::size_t>(gathered[at + count])] = gathered[at];
+        if (n == 1) return true;
+        const float best = largest(whole_, "Sampler::sample");
+        for (std::size_t at = 0; at < gathered.size(); at += at % count == count - 1 ? count + 1 : 1) {
+            probabilities.push_back(relative_probability(gathered[at], best, sampling.temperature));
+            if (at % count == count - 1) last.push_back(probabilities.back());
+        }
+        std::ranges::nth_element(probabilities, probabilities.begin() + (n - 2), std::greater<float>());
+        const float border = probabilities[count - 2];
+        return std::ranges::all_of(last, [&](float p) { return p < border || p == 0; });
+    }
     static void tell_quietly(Communicator& communicator, const Command& command) noexcept {
         try {
             tell(communicator, command);
@@ -5092,6 +5127,7 @@ private:
     std::unique_ptr<Backend> backend_;
     mutable std::vector<float> whole_;
     mutable int row_ = -1;  // which row whole_ is
+    mutable bool lost_step_ = false;
     std::vector<Candidate> candidates_;
 };
 
@@ -5119,19 +5155,20 @@ void follow(const Model& model, const Options& options) {
         communicator.broadcast(message);
         if (message.empty()) return;
         detail::Command command{};
-        if (message.size() < sizeof command)
+        if (message.size() >= sizeof command) std::memcpy(&command, message.data(), sizeof command);
+        const std::size_t n_rows = command.kind == Kind::step ? static_cast<std::size_t>(command.count) : 0;
+        if (message.size() != sizeof command + n_rows * sizeof(detail::CommandRow))
             detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
                          "a command", "Run the same version of the program on all ranks");
-        std::memcpy(&command, message.data(), sizeof command);
-        std::unique_ptr<Backend>& backend = backends[command.backend];
+        const auto backend = [&]() -> Backend& { return *backends.at(command.backend); };
         switch (command.kind) {
             case Kind::open:
                 detail::check_same_model(communicator, model);
                 own.kv = command.kv, own.context = command.context, own.chunk = command.chunk;
-                backend = device->open(model, own);
+                backends[command.backend] = device->open(model, own);
                 break;
             case Kind::close: backends.erase(command.backend); break;
-            case Kind::make_cache: caches[command.cache] = backend->make_cache(); break;
+            case Kind::make_cache: caches[command.cache] = backend().make_cache(); break;
             case Kind::free_cache: caches.erase(command.cache); break;
             case Kind::step:
                 rows.clear();
@@ -5139,11 +5176,11 @@ void follow(const Model& model, const Options& options) {
                     const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
                     rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
                 }
-                backend->step({rows}, nullptr);
+                backend().step({rows}, nullptr);
                 break;
-            case Kind::logits: communicator.gather(backend->logits(command.index), {}); break;
+            case Kind::logits: communicator.gather(backend().logits(command.index), {}); break;
             case Kind::candidates:
-                communicator.gather(detail::best_candidates(backend->logits(command.index), first_logit, command.count), {});
+                communicator.gather(detail::best_candidates(backend().logits(command.index), first_logit, command.count), {});
         }
     }
 }
@@ -5155,8 +5192,11 @@ namespace detail {
 class MpiRanks final : public Communicator {
 public:
     explicit MpiRanks(double timeout_seconds) : timeout_seconds_(timeout_seconds) {
-        int initialised = 0, provided = 0;
+        check_range("mpi, timeout_seconds", timeout_seconds, timeout_seconds > 0, "more than 0");
+        int initialised = 0, finalised = 0, provided = 0;
         MPI_Initialized(&initialised);
+        MPI_Finalized(&finalised);
+        if (finalised) fail(Code::device, "mpi", "MPI has ended", "a second start", "one", "Keep the communicator");
         if (!initialised) check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &provided), "MPI_Init_thread");
         owner_ = !initialised;
         check(MPI_Comm_dup(MPI_COMM_WORLD, &world_), "MPI_Comm_dup");
@@ -5170,7 +5210,8 @@ public:
             if (rank_ == 0 && !failed_) broadcast(nothing);
         } catch (...) {  // the others are gone
         }
-        if (failed_) return;  // MPI_Finalize would wait for them
+        if (rank_ != 0 && std::uncaught_exceptions() > 0) failed_ = true;  // the others are not at their end
+        if (failed_) return;                                               // MPI_Finalize would wait for them
         MPI_Comm_free(&world_);
         if (owner_) MPI_Finalize();
     }
@@ -5190,7 +5231,7 @@ public:
         for (std::size_t first = 0; first < values.size(); first += most) {
             const std::size_t n = std::min(most, values.size() - first);
             if (gathered_.size() < n * ranks) gathered_.resize(n * ranks);
-            MPI_Request request;
+            MPI_Request request = begin();
             check(MPI_Iallgather(values.data() + first, static_cast<int>(n), MPI_FLOAT, gathered_.data(), static_cast<int>(n),
                                  MPI_FLOAT, world_, &request),
                   "MPI_Iallgather");
@@ -5200,7 +5241,7 @@ public:
         }
     }
     void gather(std::span<const float> part, std::span<float> whole) override {
-        MPI_Request request;
+        MPI_Request request = begin();
         if (rank_ != 0) {
             check(MPI_Isend(part.data(), static_cast<int>(part.size()), MPI_FLOAT, 0, 0, world_, &request), "MPI_Isend");
             finish(request, "a gather");
@@ -5215,10 +5256,14 @@ public:
             MPI_Get_count(&status, MPI_FLOAT, &count);
             to += count;
         }
+        if (to == whole.end()) return;
+        failed_ = true;
+        fail(Code::device, "rank 0, a gather", "the parts do not fit together", to_text(to - whole.begin(), " numbers"),
+             to_text(whole.size()), "Run the same version of the program on all ranks");
     }
     void broadcast(std::vector<std::byte>& message) override {
         std::uint64_t bytes = message.size();
-        MPI_Request request;
+        MPI_Request request = begin();
         check(MPI_Ibcast(&bytes, 1, MPI_UINT64_T, 0, world_, &request), "MPI_Ibcast");
         finish(request, rank_ == 0 ? "a command" : nullptr);
         message.resize(static_cast<std::size_t>(bytes));
@@ -5227,13 +5272,20 @@ public:
         finish(request, "a command");
     }
     void barrier() override {
-        MPI_Request request;
+        MPI_Request request = begin();
         check(MPI_Ibarrier(world_, &request), "MPI_Ibarrier");
         finish(request, "a barrier");
     }
     void abort() noexcept override { MPI_Abort(world_, 1); }
 
 private:
+    // After a failure nothing is begun any more: what was on its way may still want memory that is gone.
+    MPI_Request begin() const {
+        if (failed_)
+            fail(Code::device, to_text("rank ", rank_), "MPI has failed before", "another call", "none",
+                 "Let all ranks end: abort()");
+        return MPI_REQUEST_NULL;
+    }
     void check(int status, const char* call) {
         if (status == MPI_SUCCESS) return;
         char text[MPI_MAX_ERROR_STRING];
@@ -5257,7 +5309,7 @@ private:
             std::this_thread::yield();
             const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
             if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-            if (!what || waited < (failed_ ? 0 : timeout_seconds_)) continue;
+            if (!what || waited < timeout_seconds_) continue;
             failed_ = true;
             fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
                  to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",

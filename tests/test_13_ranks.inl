@@ -48,14 +48,15 @@ struct Counting final : Communicator {
 // Threads that share nothing but the model and a Communicator: rank 0 runs `lead`, the others follow().
 template <class Lead>
 std::vector<std::shared_ptr<Counting>> lead_and_follow(const Model& model, int ranks, const Lead& lead,
-                                                       const std::function<Model(int)>& model_of = {}) {
+                                                       const std::function<Model(int)>& model_of = {},
+                                                       const std::shared_ptr<Device>& device = nullptr) {
     std::vector<std::shared_ptr<Counting>> communicators;
     for (const auto& communicator : d::ranks_in_process(ranks)) communicators.push_back(std::make_shared<Counting>(communicator));
     std::vector<std::thread> threads;
     for (int rank = 1; rank < ranks; ++rank)
         threads.emplace_back([&, rank] {
             Options options = with(1, 64, Format::bf16);
-            options.communicator = communicators[static_cast<std::size_t>(rank)];
+            options.communicator = communicators[static_cast<std::size_t>(rank)], options.device = device;
             try {
                 follow(model_of ? model_of(rank) : model, options);
             } catch (const Error&) {
@@ -75,6 +76,8 @@ std::vector<std::shared_ptr<Counting>> lead_and_follow(const Model& model, int r
     if (failure) std::rethrow_exception(failure);
     return communicators;
 }
+
+std::mt19937 test_random;
 
 std::string generated(Session& session, std::span<const int> prompt, const Sampling& sampling, int n) {
     Sampler sampler(sampling);
@@ -162,6 +165,14 @@ TEST_SUITE("core: ranks") {
         CHECK(message(three_config(), Format::q4, 2).find("(found 2, expected 1, 3)") != std::string::npos);
         CHECK(message(small_config(), Format::f32, 2).find("(found 2, expected 1)") != std::string::npos);  // heads of 20 end inside panels
         CHECK(message(ranks_config(), Format::f32, 100000).find("found 100000") != std::string::npos);
+        // One layer whose format needs wider units decides.
+        Config narrow = small_config();
+        narrow.n_heads = narrow.n_kv_heads = 2, narrow.head_dim = 32;
+        const Model f32 = Model::synthetic(narrow, Format::f32);
+        Weights mixed = f32.weights();
+        CHECK_NOTHROW(share_of(f32.config(), mixed, 1, 2));
+        mixed.layers[1].attention_out.format = Format::q8;
+        CHECK_THROWS_AS(share_of(f32.config(), mixed, 1, 2), Error);
     }
 
     TEST_CASE("shares cover every weight once, and what is replicated is the embedding table, norms and shared heads") {
@@ -234,7 +245,9 @@ TEST_SUITE("core: ranks") {
     }
 
     TEST_CASE("rank 0 leads others that only follow: same text, two sums per layer, one gather per token, only candidates where they decide") {
-        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        Config config = ranks_config();
+        config.dim = 512;  // rows that are a power of two apart are stored otherwise, but travel as they are
+        const Model model = Model::synthetic(config, Format::q8);
         const std::vector<int> prompt = some_tokens(9, model.config().vocab_size);
         const int n_tokens = 6, layers = model.config().n_layers;
         const auto sampling = [](float temperature, int top_k) {
@@ -248,7 +261,7 @@ TEST_SUITE("core: ranks") {
             const std::string expected = generated(alone, prompt, how, n_tokens);
             for (int ranks : {2, 4}) {
                 std::string found;
-                int sums = 0, gathers = 0, floats_summed = 0, floats_gathered = 0;
+                int sums = 0, gathers = 0, broadcasts = 0, floats_summed = 0, floats_gathered = 0;
                 std::shared_ptr<Counting> counts;
                 lead_and_follow(model, ranks, [&](const std::shared_ptr<Communicator>& communicator) {
                     Options options = with(1, 64, Format::bf16);
@@ -256,18 +269,19 @@ TEST_SUITE("core: ranks") {
                     Session session(model, options);
                     session.feed(prompt);
                     counts = std::static_pointer_cast<Counting>(communicator);
-                    sums = counts->sums, gathers = counts->gathers, floats_summed = counts->floats_summed, floats_gathered = counts->floats_gathered;
+                    sums = counts->sums, gathers = counts->gathers, broadcasts = counts->broadcasts, floats_summed = counts->floats_summed, floats_gathered = counts->floats_gathered;
                     found = generated(session, {}, how, n_tokens);
-                    sums = counts->sums - sums, gathers = counts->gathers - gathers;
+                    sums = counts->sums - sums, gathers = counts->gathers - gathers, broadcasts = counts->broadcasts - broadcasts;
                     floats_summed = counts->floats_summed - floats_summed, floats_gathered = counts->floats_gathered - floats_gathered;
                 });
                 INFO(ranks, " ranks, ", candidates, " candidates");
                 CHECK(found == expected);
                 CHECK(sums == n_tokens * 2 * layers);
-                CHECK(floats_summed == sums * (128 + 1));  // D in whole vectors of 64, and the wish to stop
+                CHECK(floats_summed == sums * (config.dim + 1));  // and the wish to stop
+                CHECK(broadcasts == n_tokens + gathers);          // commands: a step, and what is gathered
                 // The row after the prompt is there already; a row that stays on the ranks is not gathered after the last token.
                 CHECK(gathers == (candidates ? n_tokens - 1 : n_tokens));
-                if (candidates) CHECK(floats_gathered == gathers * 2 * candidates);
+                if (candidates) CHECK(floats_gathered == gathers * 2 * (how.temperature == 0 ? 1 : candidates + 1));
                 else CHECK(floats_gathered == gathers * share_of(model.config(), model.weights(), 0, ranks).weights.output.rows);
             }
         }
@@ -343,6 +357,78 @@ TEST_SUITE("core: ranks") {
             a->feed(tokens), alone_a.rewind(0), alone_a.feed(tokens);
             CHECK(equal(row(a->logits()), row(alone_a.logits())));
         });
+    }
+
+    TEST_CASE("a feed that fails or is being watched leaves the sampler the logits that the session has") {
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        const std::vector<int> prompt = some_tokens(9, model.config().vocab_size), other = some_tokens(4, model.config().vocab_size);
+        Sampling greedy;
+        greedy.temperature = 0;
+        Session alone(model, on_ranks(1));
+        const auto best = [](std::span<const float> logits) { return static_cast<int>(std::max_element(logits.begin(), logits.end()) - logits.begin()); };
+        const int after_prompt = best(alone.feed(prompt));
+        lead_and_follow(model, 2, [&](const std::shared_ptr<Communicator>& communicator) {
+            Options options = with(1, 64, Format::bf16);
+            options.communicator = communicator;
+            Session session(model, options);
+            Sampler sampler(greedy);
+            session.feed(prompt);
+            CHECK_THROWS_AS(session.feed(other, [](int, std::span<const float>) { throw 1; }), int);
+            CHECK(sampler.sample(session) == after_prompt);
+            session.feed(other, [&](int, std::span<const float>) { CHECK(sampler.sample(session) == after_prompt); });
+            CHECK(sampler.sample(session) == best(session.logits()));
+        });
+    }
+
+    TEST_CASE("logits that round to one probability at the border of the top-k are chosen as one rank chooses them") {
+        // A back end whose logits are given: rank r has its part of a row.
+        struct Given final : Backend {
+            std::vector<float> part;
+            struct Cache final : KVCache {
+                int capacity() const override { return 8; }
+            };
+            std::unique_ptr<KVCache> make_cache() override { return std::make_unique<Cache>(); }
+            int max_rows() const override { return 1; }
+            bool step(const Batch&, const std::atomic<bool>*) override { return true; }
+            std::span<const float> logits(int) const override { return part; }
+            std::string describe() const override { return "given"; }
+        };
+        struct GivenDevice final : Device {
+            std::vector<float> row;
+            std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+                auto backend = std::make_unique<Given>();
+                const int v = model.config().vocab_size, rank = options.communicator->rank(), ranks = options.communicator->ranks();
+                backend->part.assign(row.begin() + d::border(v, 16, rank, ranks), row.begin() + d::border(v, 16, rank + 1, ranks));
+                return backend;
+            }
+            std::uint64_t cache_bytes(const Config&, const Options&) const override { return 0; }
+            std::uint64_t activations_bytes(const Config&, const Options&) const override { return 0; }
+        };
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        const auto v = static_cast<std::size_t>(model.config().vocab_size);
+        test_random.seed(3);
+        for (int round = 0; round < 40; ++round) {
+            const auto device = std::make_shared<GivenDevice>();
+            // Few different values, most of them a rounding apart.
+            for (std::size_t i = 0; i < v; ++i)
+                device->row.push_back(std::bit_cast<float>(std::bit_cast<std::uint32_t>(2.0f) + static_cast<std::uint32_t>(test_random() % 9)));
+            Sampling how;
+            how.temperature = 50, how.top_k = 1 + static_cast<int>(test_random() % 5), how.top_p = 1, how.seed = test_random();
+            Sampler one(how);
+            std::vector<int> expected, found;
+            for (int i = 0; i < 5; ++i) expected.push_back(one.sample(device->row));
+            lead_and_follow(
+                model, 2,
+                [&](const std::shared_ptr<Communicator>& communicator) {
+                    Options options = with(1, 64, Format::bf16);
+                    options.communicator = communicator, options.device = device;
+                    const std::unique_ptr<Backend> backend = d::open_backend(*device, model, d::checked_options(model.config(), options));
+                    std::uint64_t state = how.seed;
+                    for (int i = 0; i < 5; ++i) found.push_back(backend->draw(0, how, d::next_random(state)));
+                },
+                {}, device);
+            CHECK(found == expected);
+        }
     }
 
     TEST_CASE("a rank with another file is named") {
