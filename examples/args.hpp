@@ -111,6 +111,7 @@ struct Place {
         if (std::getenv("PMIX_RANK")) take(processes, {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"});
         take(local_rank, {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"});
         take(local_processes, {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"});
+        if (processes <= 1) rank = 0;  // a name of others, which does not say how many they are
     }
 };
 

@@ -161,7 +161,7 @@ void check_memory(const llama3::Config& c, llama3::Format type) {
                           (c.tied_embedding ? 1.0 : 2.0) * c.vocab_size * c.dim;
     const double needed =
         values * static_cast<double>(llama3::unit_bytes(type)) / llama3::panel_rows / llama3::unit_columns(type);
-    const double memory = static_cast<double>(machine_memory());
+    const double memory = static_cast<double>(machine_memory()) / std::max(1, Place().local_processes);
     if (memory > 0 && needed > 0.95 * memory)
         fail(llama3::Code::memory, "--synthetic: too large for this machine (found " + gigabytes(memory) +
                                        " of memory, expected " + gigabytes(needed) + "). Use a smaller model or --type.");
@@ -217,7 +217,12 @@ int main(int argc, char** argv) {
             synthetic.empty() ? llama3::Model::load(model_path) : llama3::Model::synthetic(released(synthetic), type);
         options.context = 16, options.ranks = ranks[0];
         follow_if_told(model, options);
-        const auto describe = [&] { return options.device->open(model, options)->describe(); };
+        const auto describe = [&] {  // by itself: the other processes wait for a session's commands
+            llama3::Options alone = options;
+            if (alone.communicator) alone.communicator = nullptr, alone.ranks = 1;
+            if (options.communicator && device_name.name != "cpu") return std::string("CUDA");
+            return alone.device->open(model, alone)->describe();
+        };
         const std::string description = describe();  // with several ranks it goes "..., each avx512, ..."
         const std::size_t each = description.find("each ");
         const std::string own = each == std::string::npos ? description : description.substr(each + 5);
@@ -243,7 +248,7 @@ int main(int argc, char** argv) {
         for (const int t : threads)
             for (const int r : ranks) {
                 bench.options.ranks = options.ranks = r;
-                bench.options.threads = options.threads = t > 0 ? t : std::max(1, all / r);
+                bench.options.threads = options.threads = t > 0 ? t : std::max(1, options.communicator ? all : all / r);
                 const int together = std::max(1, bench.all_threads(bench.options.threads));
                 bench.memory.tune(together);
                 const std::string transport = options.communicator ? options.communicator->describe() : r > 1 ? describe() : "";

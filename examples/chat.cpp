@@ -69,7 +69,7 @@ int main(int argc, char** argv) {
             } catch (
                 const llama3::Error& error) {  // a turn that does not fit, for instance: the conversation is as it was before
                 answering = nullptr;
-                if (!terminal) throw;
+                if (!terminal || error.code() == llama3::Code::device) throw;
                 std::cerr << error.what() << '\n';
                 continue;
             }

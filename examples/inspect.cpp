@@ -92,8 +92,10 @@ int main(int argc, char** argv) {
         };
         const std::shared_ptr<llama3::Device> planned = device(device_name);
         const std::uint64_t memory = device_name.name == "cpu" ? machine_memory() : planned->memory_bytes();
-        const auto plan = [&](int of_context, llama3::Format kv, int of_ranks) {
+        const auto plan = [&](int of_context, llama3::Format kv, int of_ranks, bool on_card = false) {
             llama3::Options options;
+            if (on_card)
+                options.threads = 1, options.chunk = 2048;  // as the programs ask a GPU; this machine's threads are no matter
             options.context = std::min(of_context, config.context_length), options.kv = kv, options.device = planned;
             options.ranks = of_ranks;
             return Plan{options.context, kv, model ? model->plan(options) : llama3::plan_memory(config, type, options)};
@@ -105,7 +107,7 @@ int main(int argc, char** argv) {
         // What one of several ranks needs; nothing where that many cannot share the model.
         std::vector<std::pair<int, std::optional<Plan>>> on_cards;
         for (const int r : rank_counts) try {
-                on_cards.emplace_back(r, plan(context, llama3::Format::bf16, r));
+                on_cards.emplace_back(r, plan(context, llama3::Format::bf16, r, true));
             } catch (const llama3::Error& error) {
                 if (error.code() != llama3::Code::argument) throw;
                 on_cards.emplace_back(r, std::nullopt);
