@@ -46,7 +46,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <new>
 #include <set>
 #include <thread>
 #include <tuple>
@@ -184,21 +183,20 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint
 #endif
 }
 
-// Whether the process uses a GPU already. The runtime cannot tell, and to link with the driver would need one.
+// Whether the process uses a GPU already. Only the driver can tell, with which this must not be linked.
 inline bool has_context(int gpu) {
-    int (*state)(int gpu, unsigned* flags, int* active) = nullptr;  // cuDevicePrimaryCtxGetState
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
+    static const auto state = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
+#else
+        cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
+#endif
+        return reinterpret_cast<int (*)(int gpu, unsigned* flags, int* active)>(found);
+    }();
     unsigned flags = 0;
     int active = 0;
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
-#elif CUDART_VERSION >= 12000
-    cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
-#else
-    return true;  // there cudaSetDevice makes no context
-#endif
-    std::memcpy(&state, &found, sizeof state);
     return state && state(gpu, &flags, &active) == 0 && active;
 }
 
@@ -1679,11 +1677,11 @@ struct Partials {
     const float* of[most_ranks];
     int ranks;
 };
-template <int n>
-__global__ void __launch_bounds__(join_threads) join_partials(Partials parts, float* x, std::size_t stride, int columns) {
+static __global__ void __launch_bounds__(join_threads)
+    join_partials(Partials parts, float* x, std::size_t stride, int columns) {
     const int i = static_cast<int>(blockIdx.x) * join_threads + static_cast<int>(threadIdx.x);
     const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
-    if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<n>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
+    if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<most_ranks>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
 }
 
 // Whether GPUs reach each other's memory: one stores there, and loads from there.                    One thread per 4 floats
@@ -1709,12 +1707,10 @@ void with_ranks(int ranks, const F& f) {
 // The GPU that a thread uses while this lives; then the caller's again, if the caller used one: to set a GPU takes memory there.
 class UseGpu {
 public:
-    explicit UseGpu(int index) : UseGpu(index, std::nothrow) {
-        if (error_ != cudaSuccess) check(error_, "cudaSetDevice", "device " + std::to_string(index));
-    }
-    UseGpu(int index, std::nothrow_t) noexcept : index_(index) {  // for destructors
+    explicit UseGpu(int index, bool must = true) : index_(index) {  // must not: in destructors
         cudaGetDevice(&before_);
-        if (index != before_ || !has_context(index)) error_ = cudaSetDevice(index);
+        const cudaError_t error = before_ == index && has_context(index) ? cudaSuccess : cudaSetDevice(index);
+        if (must && error != cudaSuccess) check(error, "cudaSetDevice", "device " + std::to_string(index));
     }
     ~UseGpu() {
         if (before_ != index_ && has_context(before_)) cudaSetDevice(before_);
@@ -1724,7 +1720,6 @@ public:
 
 private:
     int index_, before_ = 0;
-    cudaError_t error_ = cudaSuccess;
 };
 
 // What is known of a GPU.
@@ -1760,7 +1755,7 @@ public:
     }
     ~Memory() {
         if (!data_) return;
-        const UseGpu use(gpu_, std::nothrow);
+        const UseGpu use(gpu_, false);
         kind_ == Kind::device ? cudaFree(data_) : cudaFreeHost(data_);
     }
     Memory(Memory&& other) noexcept { swap(other); }
@@ -1788,32 +1783,26 @@ private:
 };
 
 // Owners of CUDA's other things.
-struct Stream {
-    cudaStream_t value{};
-    Stream() { check(cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking), "cudaStreamCreateWithFlags", "stream"); }
-    ~Stream() { cudaStreamDestroy(value); }
-    Stream(const Stream&) = delete;
-    Stream& operator=(const Stream&) = delete;
-    void wait(const std::string& where) const { check(cudaStreamSynchronize(value), "cudaStreamSynchronize", where); }
-};
-struct Event {
-    cudaEvent_t value{};
-    Event() { check(cudaEventCreateWithFlags(&value, cudaEventDisableTiming), "cudaEventCreateWithFlags", "event"); }
-    ~Event() { cudaEventDestroy(value); }
-    Event(const Event&) = delete;
-    Event& operator=(const Event&) = delete;
-};
-struct Graph {
-    cudaGraphExec_t value{};
-    Graph() = default;
-    ~Graph() { reset(); }
-    Graph(const Graph&) = delete;
-    Graph& operator=(const Graph&) = delete;
+template <class T, cudaError_t (*destroy)(T)>
+struct Owner {
+    T value{};
+    Owner() = default;
+    ~Owner() { reset(); }
+    Owner(const Owner&) = delete;
+    Owner& operator=(const Owner&) = delete;
     void reset() {
-        if (value) cudaGraphExecDestroy(value);
-        value = nullptr;
+        if (value) destroy(value);
+        value = {};
     }
 };
+struct Stream : Owner<cudaStream_t, cudaStreamDestroy> {
+    Stream() { check(cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking), "cudaStreamCreateWithFlags", "stream"); }
+    void wait(const std::string& where) const { check(cudaStreamSynchronize(value), "cudaStreamSynchronize", where); }
+};
+struct Event : Owner<cudaEvent_t, cudaEventDestroy> {
+    Event() { check(cudaEventCreateWithFlags(&value, cudaEventDisableTiming), "cudaEventCreateWithFlags", "event"); }
+};
+using Graph = Owner<cudaGraphExec_t, cudaGraphExecDestroy>;
 
 // Hands out the parts of one piece of memory, at multiples of 256 bytes as cuBLASLt likes them; without memory it only counts.
 class Parts {
@@ -2245,9 +2234,7 @@ public:
     }
     void join(const char* stage, Tensor x, int first, int n, const Partials& parts) {
         const dim3 grid(static_cast<unsigned>((x.columns + join_threads - 1) / join_threads), static_cast<unsigned>(n));
-        with_ranks(parts.ranks, [&](auto r) {
-            launch(stage, join_partials<r.value>, grid, join_threads, 0, stream(), parts, x.row(first), x.stride, x.columns);
-        });
+        launch(stage, join_partials, grid, join_threads, 0, stream(), parts, x.row(first), x.stride, x.columns);
     }
 
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) {
@@ -2432,6 +2419,7 @@ inline void check(ncclResult_t status, const char* call, const std::string& wher
          "NCCL, " + where + ": " + call + " failed (found " + ncclGetErrorString(status) + ": " + ncclGetLastError(nullptr) +
              ", expected success). Give each rank a GPU of its own; NCCL_DEBUG=INFO in the environment says more.");
 }
+constexpr bool with_nccl = true;
 // Ranks that are processes with a GPU each; their communicator only hands round the name of the meeting.
 class Nccl {
 public:
@@ -2480,10 +2468,12 @@ private:
     mutable ncclComm_t value_{};
 };
 #else
-class Nccl {
-public:
+constexpr bool with_nccl = false;
+struct Nccl {
+    explicit Nccl(Communicator&) {}
     void abort() const noexcept {}
     void wait(cudaStream_t, const std::string&) const {}
+    void all_gather(const char*, const float*, float*, std::size_t, cudaStream_t) const {}
 };
 #endif
 
@@ -2515,7 +2505,7 @@ public:
     }
     ~CudaBackend() override {
         for (const auto& lane : lanes_) {
-            const UseGpu use(lane->gpu.index, std::nothrow);
+            const UseGpu use(lane->gpu.index, false);
             if (nccl_ && std::uncaught_exceptions() && cudaStreamQuery(lane->stream.value) == cudaErrorNotReady) nccl_->abort();
             try {
                 wait(*lane, "end");   // before memory is freed that others store to
@@ -2524,7 +2514,7 @@ public:
             for (Graph& graph : lane->graphs) graph.reset();
         }
         const std::lock_guard turn(*turn_);
-        const UseGpu use(lanes_[0]->gpu.index, std::nothrow);
+        const UseGpu use(lanes_[0]->gpu.index, false);
         ranks_.clear(), lanes_.clear();
     }
 
@@ -2804,8 +2794,7 @@ private:
     }
 
     // The ranks' parts of as many rows at a time as the slots, which nothing else is in, have room for.
-    void gather_parts([[maybe_unused]] const char* stage, [[maybe_unused]] Tensor x, [[maybe_unused]] int n) {
-#ifdef LLAMA3_NCCL
+    void gather_parts(const char* stage, Tensor x, int n) {
         const Buffers& b = ranks_[0]->buffers();
         const int ranks = ranks_[0]->share().ranks, room = 3 * Slots::rows;
         for (int first = 0; first < n; first += room) {
@@ -2816,7 +2805,6 @@ private:
             for (int r = 0; r < ranks; ++r) parts.of[r] = b.slots + static_cast<std::size_t>(r) * count;
             ranks_[0]->join(stage, x, first, rows, parts);
         }
-#endif
     }
 
     // One graph on each GPU, since each has a stream of its own in which nothing waits for another one's work but kernels.
@@ -2913,12 +2901,7 @@ public:
         std::vector<Share> shares;
         for (int r = 0; r < (alone ? options.ranks : 1); ++r)
             shares.push_back(share_of(c, model.weights(), alone ? r : options.communicator->rank(), options.ranks));
-#ifdef LLAMA3_NCCL
-        const bool limited = true;
-#else
-        const bool limited = alone;
-#endif
-        if (limited && options.ranks > most_ranks)
+        if ((alone || with_nccl) && options.ranks > most_ranks)
             fail(Code::argument, "Options::ranks: too many for GPUs (found " + std::to_string(options.ranks) +
                                      ", expected at most " + std::to_string(most_ranks) + "). Use fewer.");
         // Ranks that do not reach each other's memory become threads that meet on the host.
@@ -2958,10 +2941,8 @@ public:
         }
         std::shared_ptr<const Nccl> nccl;
         Transport transport = transport_of(options, why_not);
-#ifdef LLAMA3_NCCL
         if (transport.kind == Transport::Kind::nccl && !(nccl = nccl_.lock()))
             nccl_ = nccl = std::make_shared<const Nccl>(*options.communicator);
-#endif
         return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl), turn_);
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
@@ -3020,7 +3001,6 @@ private:
         check_matrix("output", weights.output);
     }
 
-#ifdef LLAMA3_NCCL
     // Whether two ranks have the same GPU, with which NCCL cannot work: rank 0 finds out, and all do as it says.
     bool shared_gpu(Communicator& communicator) const {
         const Gpu& gpu = gpus_[static_cast<std::size_t>(communicator.rank()) % gpus_.size()];
@@ -3034,23 +3014,21 @@ private:
         communicator.gather(own, all);
         std::set<std::vector<float>> different;
         for (auto at = all.begin(); at != all.end(); at += own.size()) different.emplace(at, at + own.size());
-        std::vector<std::byte> shared{std::byte { different.size() < all.size() / own.size() }};
+        std::vector<std::byte> shared{std::byte{different.size() < all.size() / own.size()}};
         communicator.broadcast(shared);
-        return shared == std::vector{std::byte { 1 }};
+        return shared == std::vector{std::byte{1}};
     }
-#endif
     Transport transport_of(const Options& options, const std::string& why_not) const {
         using Kind = Transport::Kind;
         const std::size_t n = std::min(gpus_.size(), static_cast<std::size_t>(options.ranks));
         if (options.ranks == 1) return {};
-        if (options.communicator && !why_not.empty()) return {Kind::staged, "through the host, because " + why_not};
-        if (options.communicator)
-#ifdef LLAMA3_NCCL
-            return shared_gpu(*options.communicator) ? Transport{Kind::staged, "through the host, because ranks share a GPU"}
-                                                     : Transport{Kind::nccl, "by NCCL"};
-#else
-            return {Kind::staged, "through the host, because NCCL is not compiled in"};
-#endif
+        if (options.communicator) {
+            const std::string why = !why_not.empty()                    ? why_not
+                                    : !with_nccl                        ? "NCCL is not compiled in"
+                                    : shared_gpu(*options.communicator) ? "ranks share a GPU"
+                                                                        : "";
+            return why.empty() ? Transport{Kind::nccl, "by NCCL"} : Transport{Kind::staged, "through the host, because " + why};
+        }
         return {Kind::peers, n == 1 ? "in the memory of one GPU"
                                     : "pushed between " + std::to_string(n) + " GPUs that reach each other's memory"};
     }
@@ -3105,9 +3083,7 @@ private:
     const std::shared_ptr<std::mutex> turn_ = std::make_shared<std::mutex>();                         // of its back ends, too
     std::map<std::tuple<const Model::Impl*, int, int>, std::weak_ptr<const DeviceWeights>> weights_;  // for all sessions
     std::map<std::pair<int, int>, std::string> vetoes_;                                               // of pairs of GPUs
-#ifdef LLAMA3_NCCL
     std::weak_ptr<const Nccl> nccl_;
-#endif
 };
 
 }  // namespace gpu

@@ -1850,6 +1850,9 @@ struct cudaDeviceProp {
     int maxGridSize[3], maxThreadsDim[3];
     int integrated, canMapHostMemory, unifiedAddressing, concurrentKernels, ECCEnabled, memoryBusWidth, pciDomainID, pciBusID,
         pciDeviceID;
+    struct {
+        char bytes[16];
+    } uuid;
 };
 struct cudaFuncAttributes {
     std::size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
@@ -2145,7 +2148,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
     p->canMapHostMemory = p->unifiedAddressing = p->concurrentKernels = 1;
-    p->memoryBusWidth = 256, p->pciBusID = device + 1;
+    p->memoryBusWidth = 256, p->pciBusID = device + 1, p->uuid.bytes[0] = char(device + 1);
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {

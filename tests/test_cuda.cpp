@@ -1017,7 +1017,7 @@ TEST_SUITE("core: ranks on the device") {
             const int all = launches;           // a step without a graph, which is then captured
             for (const int quarter : {1, 3}) {  // so in the step and in the capture
                 launches = 0, last = all * quarter / 4, cancel = false;
-                CHECK(!steps.step(steps.two, 5 + quarter / 2, &cancel));
+                CHECK(!steps.step(steps.two, 6 + quarter / 2, &cancel));
                 steps.check(1), steps.check(4), steps.check(2);
             }
 
