@@ -232,7 +232,8 @@ private:
 };
 
 std::shared_ptr<Device> cpu();  // this machine's processor
-// A GPU; defined in kernels.cuh, which is compiled by nvcc. `progress` is called while weights are copied to it.
+// A GPU, or several, whose sessions must share this Device: they take turns in it. Defined in kernels.cuh, which is compiled by
+// nvcc. `progress` is called while weights are copied.
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
                              const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
 
