@@ -41,11 +41,13 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 
@@ -179,6 +181,23 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint
 #else
     __trap();
 #endif
+}
+
+// Whether the process uses a GPU already. Only the driver can tell, with which this must not be linked.
+inline bool has_context(int gpu) {
+    static const auto state = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, &result);
+#else
+        cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault, &result);
+#endif
+        return reinterpret_cast<int (*)(int gpu, unsigned* flags, int* active)>(found);
+    }();
+    unsigned flags = 0;
+    int active = 0;
+    return state && state(gpu, &flags, &active) == 0 && active;
 }
 
 }  // namespace llama3::gpu
@@ -1658,11 +1677,11 @@ struct Partials {
     const float* of[most_ranks];
     int ranks;
 };
-template <int n>
-__global__ void __launch_bounds__(join_threads) join_partials(Partials parts, float* x, std::size_t stride, int columns) {
+static __global__ void __launch_bounds__(join_threads)
+    join_partials(Partials parts, float* x, std::size_t stride, int columns) {
     const int i = static_cast<int>(blockIdx.x) * join_threads + static_cast<int>(threadIdx.x);
     const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
-    if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<n>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
+    if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<most_ranks>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
 }
 
 // Whether GPUs reach each other's memory: one stores there, and loads from there.                    One thread per 4 floats
@@ -1685,19 +1704,22 @@ void with_ranks(int ranks, const F& f) {
 
 // ═══ K11  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
 
-// The GPU that a thread uses while this lives; then the caller's again.
+// The GPU that a thread uses while this lives; then the caller's again, if the caller used one: to set a GPU takes memory there.
 class UseGpu {
 public:
-    explicit UseGpu(int index) {
-        check(cudaGetDevice(&before_), "cudaGetDevice", "device " + std::to_string(index));
-        check(cudaSetDevice(index), "cudaSetDevice", "device " + std::to_string(index));
+    explicit UseGpu(int index, bool must = true) : index_(index) {  // must not: in destructors
+        cudaGetDevice(&before_);
+        const cudaError_t error = before_ == index && has_context(index) ? cudaSuccess : cudaSetDevice(index);
+        if (must && error != cudaSuccess) check(error, "cudaSetDevice", "device " + std::to_string(index));
     }
-    ~UseGpu() { cudaSetDevice(before_); }
+    ~UseGpu() {
+        if (before_ != index_ && has_context(before_)) cudaSetDevice(before_);
+    }
     UseGpu(const UseGpu&) = delete;
     UseGpu& operator=(const UseGpu&) = delete;
 
 private:
-    int before_ = 0;
+    int index_, before_ = 0;
 };
 
 // What is known of a GPU.
@@ -1733,11 +1755,8 @@ public:
     }
     ~Memory() {
         if (!data_) return;
-        int before = 0;
-        cudaGetDevice(&before);
-        cudaSetDevice(gpu_);
+        const UseGpu use(gpu_, false);
         kind_ == Kind::device ? cudaFree(data_) : cudaFreeHost(data_);
-        cudaSetDevice(before);
     }
     Memory(Memory&& other) noexcept { swap(other); }
     Memory& operator=(Memory&& other) noexcept {
@@ -1764,32 +1783,26 @@ private:
 };
 
 // Owners of CUDA's other things.
-struct Stream {
-    cudaStream_t value{};
-    Stream() { check(cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking), "cudaStreamCreateWithFlags", "stream"); }
-    ~Stream() { cudaStreamDestroy(value); }
-    Stream(const Stream&) = delete;
-    Stream& operator=(const Stream&) = delete;
-    void wait(const std::string& where) const { check(cudaStreamSynchronize(value), "cudaStreamSynchronize", where); }
-};
-struct Event {
-    cudaEvent_t value{};
-    Event() { check(cudaEventCreateWithFlags(&value, cudaEventDisableTiming), "cudaEventCreateWithFlags", "event"); }
-    ~Event() { cudaEventDestroy(value); }
-    Event(const Event&) = delete;
-    Event& operator=(const Event&) = delete;
-};
-struct Graph {
-    cudaGraphExec_t value{};
-    Graph() = default;
-    ~Graph() { reset(); }
-    Graph(const Graph&) = delete;
-    Graph& operator=(const Graph&) = delete;
+template <class T, cudaError_t (*destroy)(T)>
+struct Owner {
+    T value{};
+    Owner() = default;
+    ~Owner() { reset(); }
+    Owner(const Owner&) = delete;
+    Owner& operator=(const Owner&) = delete;
     void reset() {
-        if (value) cudaGraphExecDestroy(value);
-        value = nullptr;
+        if (value) destroy(value);
+        value = {};
     }
 };
+struct Stream : Owner<cudaStream_t, cudaStreamDestroy> {
+    Stream() { check(cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking), "cudaStreamCreateWithFlags", "stream"); }
+    void wait(const std::string& where) const { check(cudaStreamSynchronize(value), "cudaStreamSynchronize", where); }
+};
+struct Event : Owner<cudaEvent_t, cudaEventDestroy> {
+    Event() { check(cudaEventCreateWithFlags(&value, cudaEventDisableTiming), "cudaEventCreateWithFlags", "event"); }
+};
+using Graph = Owner<cudaGraphExec_t, cudaGraphExecDestroy>;
 
 // Hands out the parts of one piece of memory, at multiples of 256 bytes as cuBLASLt likes them; without memory it only counts.
 class Parts {
@@ -1917,7 +1930,12 @@ inline CacheShape cache_shape(const Config& c, Format format) { return {format, 
 
 class CudaCache final : public KVCache {
 public:
-    explicit CudaCache(int capacity) : capacity_(capacity) {}  // no position is read before it was written
+    // No position is read before it was written.
+    CudaCache(int capacity, std::shared_ptr<std::mutex> turn) : capacity_(capacity), turn_(std::move(turn)) {}
+    ~CudaCache() override {
+        const std::lock_guard turn(*turn_);
+        parts_.clear();
+    }
     void add(std::size_t bytes) { parts_.emplace_back(Memory::Kind::device, bytes, "key/value cache"); }
     int capacity() const override { return capacity_; }
     std::byte* data(std::size_t rank = 0) const { return parts_[rank].data(); }
@@ -1925,6 +1943,7 @@ public:
 private:
     int capacity_;
     std::vector<Memory> parts_;  // of each rank
+    std::shared_ptr<std::mutex> turn_;
 };
 
 // Query heads per block of attend_split, and blocks per key/value head.
@@ -2215,9 +2234,7 @@ public:
     }
     void join(const char* stage, Tensor x, int first, int n, const Partials& parts) {
         const dim3 grid(static_cast<unsigned>((x.columns + join_threads - 1) / join_threads), static_cast<unsigned>(n));
-        with_ranks(parts.ranks, [&](auto r) {
-            launch(stage, join_partials<r.value>, grid, join_threads, 0, stream(), parts, x.row(first), x.stride, x.columns);
-        });
+        launch(stage, join_partials, grid, join_threads, 0, stream(), parts, x.row(first), x.stride, x.columns);
     }
 
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) {
@@ -2265,6 +2282,11 @@ public:
         copy_async(buffers_.rows, rows, sizeof(RowEntry) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
         copy_async(buffers_.logit_rows, logit_rows, sizeof(int) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
         return wanted;
+    }
+    void empty_slots(std::size_t first_set, std::size_t sets) {
+        const std::size_t set = buffers_.slots_bytes / 3;
+        check(cudaMemsetAsync(reinterpret_cast<std::byte*>(buffers_.slots) + first_set * set, 0xff, sets * set, stream()),
+              "cudaMemsetAsync", "slots");
     }
 
     // ── Memory that grows ──
@@ -2397,6 +2419,7 @@ inline void check(ncclResult_t status, const char* call, const std::string& wher
          "NCCL, " + where + ": " + call + " failed (found " + ncclGetErrorString(status) + ": " + ncclGetLastError(nullptr) +
              ", expected success). Give each rank a GPU of its own; NCCL_DEBUG=INFO in the environment says more.");
 }
+constexpr bool with_nccl = true;
 // Ranks that are processes with a GPU each; their communicator only hands round the name of the meeting.
 class Nccl {
 public:
@@ -2412,18 +2435,46 @@ public:
         std::memcpy(&id, message.data(), sizeof id);
         check(ncclCommInitRank(&value_, communicator.ranks(), id, communicator.rank()), "ncclCommInitRank", "start");
     }
-    ~Nccl() { ncclCommDestroy(value_); }
+    ~Nccl() {
+        if (std::uncaught_exceptions()) abort();  // the others may never come
+        if (value_) ncclCommDestroy(value_);
+    }
     Nccl(const Nccl&) = delete;
     Nccl& operator=(const Nccl&) = delete;
+    void abort() const noexcept {
+        if (value_) ncclCommAbort(value_);
+        value_ = nullptr;  // with which every later call is an error
+    }
+    void wait(cudaStream_t stream, const std::string& where) const {
+        const auto begin = std::chrono::steady_clock::now();
+        for (cudaError_t error; (error = cudaStreamQuery(stream)) != cudaSuccess; std::this_thread::yield()) {
+            if (error != cudaErrorNotReady) check(error, "cudaStreamQuery", where);
+            ncclResult_t status = ncclInvalidUsage;
+            if (value_) ncclCommGetAsyncError(value_, &status);
+            const bool late = std::chrono::steady_clock::now() - begin > std::chrono::seconds(limit_s);
+            if (late || (status != ncclSuccess && status != ncclInProgress)) abort();  // else the stream is never done
+            if (late)
+                fail(Code::device, "NCCL, " + where + ": the other ranks do not answer (found a time-out of " +
+                                       std::to_string(limit_s) + " s, expected an answer). See what happened to them.");
+            if (!value_) check(status, "ncclCommGetAsyncError", where);
+        }
+    }
     void all_gather(const char* stage, const float* from, float* to, std::size_t n, cudaStream_t stream) const {
         check(ncclAllGather(from, to, n, ncclFloat, value_, stream), "ncclAllGather", stage);
     }
 
 private:
-    ncclComm_t value_{};
+    static constexpr int limit_s = 120;
+    mutable ncclComm_t value_{};
 };
 #else
-class Nccl {};
+constexpr bool with_nccl = false;
+struct Nccl {
+    explicit Nccl(Communicator&) {}
+    void abort() const noexcept {}
+    void wait(cudaStream_t, const std::string&) const {}
+    void all_gather(const char*, const float*, float*, std::size_t, cudaStream_t) const {}
+};
 #endif
 
 class CudaBackend final : public Backend, public Stages {
@@ -2433,9 +2484,9 @@ public:
         std::shared_ptr<const DeviceWeights> weights;
     };
     CudaBackend(const std::vector<Place>& places, Model model, const Options& options, Transport transport,
-                std::shared_ptr<const Nccl> nccl)
-        : model_(std::move(model)), options_(options), transport_(std::move(transport)), nccl_(std::move(nccl)), prompts_(true),
-          max_rows_(rows_of(options)) {
+                std::shared_ptr<const Nccl> nccl, std::shared_ptr<std::mutex> turn)
+        : turn_(std::move(turn)), model_(std::move(model)), options_(options), transport_(std::move(transport)),
+          nccl_(std::move(nccl)), prompts_(true), max_rows_(rows_of(options)) {
         for (const Place& place : places) {
             const UseGpu use(place.gpu.index);
             prompts_ = prompts_ && place.gpu.tensor_cores();
@@ -2454,10 +2505,17 @@ public:
     }
     ~CudaBackend() override {
         for (const auto& lane : lanes_) {
-            const UseGpu use(lane->gpu.index);
-            cudaStreamSynchronize(lane->stream.value);  // before memory is freed that others store to
+            const UseGpu use(lane->gpu.index, false);
+            if (nccl_ && std::uncaught_exceptions() && cudaStreamQuery(lane->stream.value) == cudaErrorNotReady) nccl_->abort();
+            try {
+                wait(*lane, "end");   // before memory is freed that others store to
+            } catch (const Error&) {  // which has been reported, or is nobody's any more
+            }
             for (Graph& graph : lane->graphs) graph.reset();
         }
+        const std::lock_guard turn(*turn_);
+        const UseGpu use(lanes_[0]->gpu.index, false);
+        ranks_.clear(), lanes_.clear();
     }
 
     static int rows_of(const Options& options) {
@@ -2475,7 +2533,8 @@ public:
         };
         each([&](CudaRank& r, bool) { needed[r.lane().gpu.index] += bytes(r); });
         each([&](CudaRank& r, bool) { check_free(r.lane().gpu, "the key/value cache", needed[r.lane().gpu.index]); });
-        auto cache = std::make_unique<CudaCache>(options_.context);
+        auto cache = std::make_unique<CudaCache>(options_.context, turn_);
+        const std::lock_guard turn(*turn_);
         each([&](CudaRank& r, bool) { cache->add(bytes(r)); });
         return cache;
     }
@@ -2486,9 +2545,12 @@ public:
             // Copied when they are asked for: a token that is drawn on the device does not need them.
             const UseGpu use(lanes_[0]->gpu.index);
             const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(on_the_way_) * l.stride;
-            if (host_logits_.bytes() < bytes) host_logits_ = Memory(Memory::Kind::pinned, bytes, "logits on the host");
+            if (host_logits_.bytes() < bytes) {
+                const std::lock_guard turn(*turn_);
+                host_logits_ = Memory(Memory::Kind::pinned, bytes, "logits on the host");
+            }
             copy_async(host_logits_.data(), l.data, bytes, cudaMemcpyDeviceToHost, ranks_[0]->stream(), "logits");
-            lanes_[0]->stream.wait("logits");
+            wait(*lanes_[0], "logits");
             on_the_way_ = 0;
         }
         return {host_logits_.as<float>() + static_cast<std::size_t>(i) * l.stride, static_cast<std::size_t>(l.columns)};
@@ -2511,7 +2573,14 @@ public:
         const UseGpu use(lanes_[0]->gpu.index);
         cancel_ = cancel, stopped_ = false;
         on_the_way_ = 0;
-        wait_all("step");  // the tables may still be on their way to the last one
+        wait_all("step");                        // the tables may still be on their way to the last one
+        if (std::exchange(unfinished_, true)) {  // an error in the last step: parts may be where they were not joined
+            each([&](CudaRank& r, bool) { r.empty_slots(0, 3); });
+            wait_all("step");
+            exchanges_ = 0, slot_rows_ = 0;
+        }
+        std::unique_lock turn(*turn_, std::defer_lock);
+        if (lanes_.size() > 1) turn.lock();
         const int n = batch.size(), wanted = fill_tables(batch);
         // a graph has a row for each, whether or not it is wanted
         Tensor logits = ranks_[0]->reserve_logits(n <= matvec_rows ? n : wanted);
@@ -2529,7 +2598,7 @@ public:
                 for (const auto& lane : lanes_)
                     on(*lane,
                        [&] { check(cudaGraphLaunch(lane->graphs[i].value, lane->stream.value), "cudaGraphLaunch", "step"); });
-                exchanges_ = (exchanges_ + graph_exchanges_) % 3;
+                exchanges_ = (exchanges_ + 2 * static_cast<unsigned>(model_.config().n_layers)) % 3;
             }
         } else {
             run();  // loads the kernels, which a capture must not do
@@ -2537,9 +2606,10 @@ public:
             if (n <= matvec_rows && use_graphs_ && !stop()) capture(i, run);
         }
         if (transport_.kind == Transport::Kind::peers) meet();  // the first has all logits then
+        if (turn.owns_lock()) turn.unlock();
         // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
         if (n > matvec_rows || stop()) wait_all("step of " + std::to_string(n) + " tokens");
-        device_logits_ = logits, on_the_way_ = wanted;
+        device_logits_ = logits, on_the_way_ = wanted, unfinished_ = false;
         return !stop();
     }
     int draw(int i, const Sampling& s, std::uint64_t random) override {
@@ -2553,7 +2623,7 @@ public:
         launch("sampling", draw_token, 1, sample_threads, sample_shared_bytes, stream, device_logits_.data,
                device_logits_.stride, device_logits_.columns, b.draw);
         copy_async(&entry, b.draw, sizeof entry, cudaMemcpyDeviceToHost, stream, "sampling");
-        lanes_[0]->stream.wait("step and sampling");
+        wait(*lanes_[0], "step and sampling");
         return entry.token;
     }
 
@@ -2611,6 +2681,11 @@ public:
             moved = r.reserve_splits(capacity) || moved;
             wanted = r.fill_tables(batch, part++, exchanges_);
         });
+        if (transport_.kind == Transport::Kind::peers && n <= matvec_rows) {
+            // The last exchange is still in its set, which the first one of this step empties for its own rows only.
+            if (n < slot_rows_) each([&](CudaRank& r, bool) { r.empty_slots((exchanges_ + 2) % 3, 1); });
+            slot_rows_ = n;
+        }
         for (std::size_t i = 0; moved && i < lanes_.size(); ++i)
             for (Graph& graph : lanes_[i]->graphs) graph.reset();  // they hold the old addresses
         return wanted;
@@ -2648,8 +2723,12 @@ private:
         stopped_ = wishes > 0;
     }
 
+    void wait(const Lane& lane, const std::string& where) const {
+        if (nccl_) nccl_->wait(lane.stream.value, where);
+        else lane.stream.wait(where);
+    }
     void wait_all(const std::string& where) const {
-        for (const auto& lane : lanes_) lane->stream.wait(where);
+        for (const auto& lane : lanes_) wait(*lane, where);
     }
     // Every lane waits for what all have been given so far.
     void meet() {
@@ -2715,8 +2794,7 @@ private:
     }
 
     // The ranks' parts of as many rows at a time as the slots, which nothing else is in, have room for.
-    void gather_parts([[maybe_unused]] const char* stage, [[maybe_unused]] Tensor x, [[maybe_unused]] int n) {
-#ifdef LLAMA3_NCCL
+    void gather_parts(const char* stage, Tensor x, int n) {
         const Buffers& b = ranks_[0]->buffers();
         const int ranks = ranks_[0]->share().ranks, room = 3 * Slots::rows;
         for (int first = 0; first < n; first += room) {
@@ -2727,7 +2805,6 @@ private:
             for (int r = 0; r < ranks; ++r) parts.of[r] = b.slots + static_cast<std::size_t>(r) * count;
             ranks_[0]->join(stage, x, first, rows, parts);
         }
-#endif
     }
 
     // One graph on each GPU, since each has a stream of its own in which nothing waits for another one's work but kernels.
@@ -2757,7 +2834,6 @@ private:
         }
         cudaError_t error = end();
         const char* call = "cudaStreamEndCapture";
-        graph_exchanges_ = index_;
         for (std::size_t l = 0; l < lanes_.size() && error == cudaSuccess && !stop(); ++l) {
             const UseGpu use(lanes_[l]->gpu.index);
             call = "cudaGraphInstantiate";
@@ -2771,6 +2847,9 @@ private:
         check(error, call, "step");
     }
 
+    // All GPUs get the work of sessions in the same order, and memory is freed, which waits for a GPU, in between: the ranks of a
+    // sum wait for each other while they occupy the GPUs.
+    std::shared_ptr<std::mutex> turn_;
     Model model_;
     Options options_;
     Transport transport_;
@@ -2782,9 +2861,11 @@ private:
     mutable Memory host_logits_;  // pinned: [rows that wanted them, V rounded up]
     Memory staging_;              // pinned: [staged_rows, D], and the wish to stop
     Memory drawn_{Memory::Kind::pinned, sizeof(DrawEntry), "token"};
-    Tensor device_logits_;                                      // of the last step
-    mutable int on_the_way_ = 0;                                // rows of them that the host has not got
-    unsigned exchanges_ = 0, index_ = 0, graph_exchanges_ = 0;  // sums through the slots: before this step, in it, in a graph
+    Tensor device_logits_;                // of the last step
+    mutable int on_the_way_ = 0;          // rows of them that the host has not got
+    unsigned exchanges_ = 0, index_ = 0;  // sums through the slots: before this step, modulo 3, and in it
+    int slot_rows_ = 0;                   // of the last of them, or more
+    bool unfinished_ = false;             // the last step ended with an error
     const std::atomic<bool>* cancel_ = nullptr;
 };
 
@@ -2812,25 +2893,24 @@ public:
     std::unique_ptr<Backend> open(const Model& model, const Options& given) override {
         const Config& c = model.config();
         Options options = given;
-        const bool alone = !options.communicator || options.ranks == 1;  // in one process
-        if (alone && options.ranks == 1) options.communicator = nullptr, options.ranks = static_cast<int>(gpus_.size());
+        if (options.ranks == 1) options.communicator = nullptr;
+        const bool alone = !options.communicator;  // in one process
         if (c.head_dim != 64 && c.head_dim != 128)
             fail(Code::argument, "CUDA: heads of this width are not supported (found " + std::to_string(c.head_dim) +
                                      ", expected 64 or 128). Use the CPU.");
         std::vector<Share> shares;
         for (int r = 0; r < (alone ? options.ranks : 1); ++r)
             shares.push_back(share_of(c, model.weights(), alone ? r : options.communicator->rank(), options.ranks));
-#ifdef LLAMA3_NCCL
-        const bool limited = true;
-#else
-        const bool limited = alone;
-#endif
-        if (limited && options.ranks > most_ranks)
+        if ((alone || with_nccl) && options.ranks > most_ranks)
             fail(Code::argument, "Options::ranks: too many for GPUs (found " + std::to_string(options.ranks) +
                                      ", expected at most " + std::to_string(most_ranks) + "). Use fewer.");
         // Ranks that do not reach each other's memory become threads that meet on the host.
-        if (alone && options.ranks > 1 && !veto().empty()) return detail::open_in_process(*this, model, options);
-        const std::lock_guard lock(mutex_);
+        std::unique_lock lock(*turn_);
+        const std::string why_not = veto(options.ranks, alone);
+        if (alone && options.ranks > 1 && !why_not.empty()) {
+            lock.unlock();  // its ranks come here
+            return detail::open_in_process(*this, model, options);
+        }
         const UseGpu use(gpu_of(shares[0]).index);
         std::vector<std::shared_ptr<const DeviceWeights>> weights;
         std::map<int, std::uint64_t> needed;
@@ -2860,12 +2940,10 @@ public:
             places.push_back({gpu, weights[i]});
         }
         std::shared_ptr<const Nccl> nccl;
-        Transport transport = transport_of(options);
-#ifdef LLAMA3_NCCL
+        Transport transport = transport_of(options, why_not);
         if (transport.kind == Transport::Kind::nccl && !(nccl = nccl_.lock()))
             nccl_ = nccl = std::make_shared<const Nccl>(*options.communicator);
-#endif
-        return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl));
+        return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl), turn_);
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
         return cache_shape(config, options.kv).bytes(options.context);
@@ -2874,6 +2952,7 @@ public:
         return CudaBackend::bytes(config, options, gpus_[0].tensor_cores());
     }
     std::uint64_t memory_bytes() const override { return gpus_[0].memory_bytes; }
+    int ranks() const override { return static_cast<int>(gpus_.size()); }
     const Gpu& gpu() const { return gpus_[0]; }
 
 private:
@@ -2922,40 +3001,61 @@ private:
         check_matrix("output", weights.output);
     }
 
-    Transport transport_of(const Options& options) const {
+    // Whether two ranks have the same GPU, with which NCCL cannot work: rank 0 finds out, and all do as it says.
+    bool shared_gpu(Communicator& communicator) const {
+        const Gpu& gpu = gpus_[static_cast<std::size_t>(communicator.rank()) % gpus_.size()];
+        cudaDeviceProp properties{};
+        check(cudaGetDeviceProperties(&properties, gpu.index), "cudaGetDeviceProperties", gpu.text());
+        std::array<float, sizeof properties.uuid.bytes / 2> own;  // 16 bits each, which floats hold exactly
+        std::array<std::uint16_t, own.size()> words;
+        std::memcpy(words.data(), properties.uuid.bytes, sizeof words);
+        std::copy(words.begin(), words.end(), own.begin());
+        std::vector<float> all(communicator.rank() == 0 ? own.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
+        communicator.gather(own, all);
+        std::set<std::vector<float>> different;
+        for (auto at = all.begin(); at != all.end(); at += own.size()) different.emplace(at, at + own.size());
+        std::vector<std::byte> shared{std::byte{different.size() < all.size() / own.size()}};
+        communicator.broadcast(shared);
+        return shared == std::vector{std::byte{1}};
+    }
+    Transport transport_of(const Options& options, const std::string& why_not) const {
         using Kind = Transport::Kind;
         const std::size_t n = std::min(gpus_.size(), static_cast<std::size_t>(options.ranks));
         if (options.ranks == 1) return {};
-        if (options.communicator && !veto_.empty()) return {Kind::staged, "through the host, because " + veto_};
-        if (options.communicator)
-#ifdef LLAMA3_NCCL
-            return {Kind::nccl, "by NCCL"};
-#else
-            return {Kind::staged, "through the host, because NCCL is not compiled in"};
-#endif
+        if (options.communicator) {
+            const std::string why = !why_not.empty()                    ? why_not
+                                    : !with_nccl                        ? "NCCL is not compiled in"
+                                    : shared_gpu(*options.communicator) ? "ranks share a GPU"
+                                                                        : "";
+            return why.empty() ? Transport{Kind::nccl, "by NCCL"} : Transport{Kind::staged, "through the host, because " + why};
+        }
         return {Kind::peers, n == 1 ? "in the memory of one GPU"
                                     : "pushed between " + std::to_string(n) + " GPUs that reach each other's memory"};
     }
-    // Why some two of the GPUs cannot work together, or nothing.
-    std::string veto() {
-        const std::lock_guard lock(mutex_);
-        for (const Gpu& from : gpus_)
-            for (const Gpu& to : gpus_)
-                if (from.index != to.index && veto_.empty()) veto_ = veto_of(from, to);
-        return veto_;
+    // Why some two of the GPUs of so many ranks cannot work together, or nothing. An error of a test is no verdict.
+    std::string veto(int ranks, bool test) {
+        const std::span used(gpus_.data(), std::min(static_cast<std::size_t>(ranks), gpus_.size()));
+        for (const Gpu& from : used)
+            for (const Gpu& to : used) {
+                auto known = vetoes_.find({from.index, to.index});
+                if (from.index == to.index || (known == vetoes_.end() && !test)) continue;
+                if (known == vetoes_.end()) known = vetoes_.emplace(std::pair(from.index, to.index), veto_of(from, to)).first;
+                if (!known->second.empty()) return known->second;
+            }
+        return "";
     }
     // Why a GPU cannot use the memory of another, or nothing. That the driver allows it is not enough: on some machines what is
     // stored there gets lost.
-    std::string veto_of(const Gpu& from, const Gpu& to) {
-        if (!tested_.insert({from.index, to.index}).second) return "";
+    static std::string veto_of(const Gpu& from, const Gpu& to) {
         const std::string pair = from.text() + " and " + to.text();
         int can = 0;
         check(cudaDeviceCanAccessPeer(&can, from.index, to.index), "cudaDeviceCanAccessPeer", pair);
         if (!can) return from.text() + " cannot reach the memory of " + to.text();
         const UseGpu use(from.index);
         const cudaError_t error = cudaDeviceEnablePeerAccess(to.index, 0);
-        if (error == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();
-        else check(error, "cudaDeviceEnablePeerAccess", pair);
+        if (error != cudaSuccess) cudaGetLastError();
+        if (error != cudaSuccess && error != cudaErrorPeerAccessAlreadyEnabled)
+            return from.text() + " is not given access to " + to.text() + " (" + cudaGetErrorName(error) + ")";
 
         constexpr unsigned blocks = 16, n = blocks * join_threads * 4, seed = 1000000;
         std::vector<float> sent(n), found(n);
@@ -2980,13 +3080,10 @@ private:
 
     std::vector<Gpu> gpus_;  // rank r is on number r % size
     Progress progress_;
-    std::mutex mutex_;
+    const std::shared_ptr<std::mutex> turn_ = std::make_shared<std::mutex>();                         // of its back ends, too
     std::map<std::tuple<const Model::Impl*, int, int>, std::weak_ptr<const DeviceWeights>> weights_;  // for all sessions
-    std::set<std::pair<int, int>> tested_;                                                            // pairs of GPUs
-    std::string veto_;
-#ifdef LLAMA3_NCCL
+    std::map<std::pair<int, int>, std::string> vetoes_;                                               // of pairs of GPUs
     std::weak_ptr<const Nccl> nccl_;
-#endif
 };
 
 }  // namespace gpu

@@ -232,7 +232,8 @@ private:
 };
 
 std::shared_ptr<Device> cpu();  // this machine's processor
-// A GPU; defined in kernels.cuh, which is compiled by nvcc. `progress` is called while weights are copied to it.
+// A GPU, or several, whose sessions must share this Device: they take turns in it. Defined in kernels.cuh, which is compiled by
+// nvcc. `progress` is called while weights are copied.
 std::shared_ptr<Device> cuda(const std::vector<int>& gpus = {0},
                              const std::function<void(std::uint64_t done, std::uint64_t total)>& progress = {});
 
@@ -602,6 +603,7 @@ public:
     virtual std::uint64_t cache_bytes(const Config& config, const Options& options) const = 0;
     virtual std::uint64_t activations_bytes(const Config& config, const Options& options) const = 0;
     virtual std::uint64_t memory_bytes() const { return 0; }  // of the device itself; 0: unknown
+    virtual int ranks() const { return 1; }                   // that share a model where Options say 1 and no communicator
 };
 
 // The plain loops of §5 as a device: slow, single-threaded, the specification that everything else is tested against.
@@ -1750,6 +1752,7 @@ Options checked_options(const Config& config, Options options) {
              "Choose one of these");
     check_range("Options::threads", options.threads, options.threads >= 0 && options.threads <= 4096, "0 to 4096");
     check_range("Options::ranks", options.ranks, options.ranks >= 1, "1 or more");
+    if (options.ranks == 1 && !options.communicator && options.device) options.ranks = options.device->ranks();
     if (options.communicator) {
         const int ranks = options.communicator->ranks();
         check_range("Options::ranks", options.ranks, options.ranks == 1 || options.ranks == ranks,

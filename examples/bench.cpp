@@ -209,7 +209,7 @@ int main(int argc, char** argv) {
         options.threads = threads[0];
         if (!ranks.empty()) options.ranks = ranks[0];
         take_place(options, device_name);
-        if (ranks.empty() || options.communicator) ranks = {options.ranks};
+        if (ranks.empty() || options.communicator) ranks = {std::max(options.ranks, options.device->ranks())};
         if (options.communicator && options.threads > 0) threads = {options.threads};
         if (!synthetic.empty()) check_memory(released(synthetic), type);
         else if (model_path.empty()) model_path = demo_model();

@@ -161,8 +161,6 @@ inline void take_place(llama3::Options& options, DeviceName device_name) {
         if (options.threads == 0 && !bound)
             options.threads =
                 std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / std::max(1, place.local_processes));
-    } else if (options.ranks == 1) {
-        options.ranks = std::max(1, static_cast<int>(device_name.gpus.size()));
     }
     options.device = device(device_name);
 }

@@ -90,6 +90,7 @@ int main(int argc, char** argv) {
             llama3::Format kv;
             llama3::MemoryPlan bytes;
         };
+        device_name.gpus.resize(1);  // several would mean as many ranks, which --ranks says here
         const std::shared_ptr<llama3::Device> planned = device(device_name);
         const std::uint64_t memory = device_name.name == "cpu" ? machine_memory() : planned->memory_bytes();
         const auto plan = [&](int of_context, llama3::Format kv, int of_ranks, bool on_card = false) {

@@ -94,6 +94,7 @@ inline bool protect_memory =
     true;  // the host's accesses to device memory fault; costs two system calls per allocation and launch
 inline int device_count = 1;
 inline bool peers_possible = true;               // false: no device can be given access to the memory of another
+inline bool too_many_peers = false;              // true: no device is given access to the memory of one more
 inline std::pair<int, int> broken_peer{-1, -1};  // what kernels on the first store in the memory of the second is lost
 
 // What every emulated device says it is. Few multiprocessors, so that a grid made for them is small.
@@ -1780,7 +1781,7 @@ enum cudaError_t {
     cudaErrorInsufficientDriver = 35, cudaErrorInvalidDeviceFunction = 98, cudaErrorNoDevice = 100, cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209, cudaErrorPeerAccessUnsupported = 217, cudaErrorUnsupportedPtxVersion = 222,
     cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorIllegalAddress = 700, cudaErrorLaunchOutOfResources = 701,
-    cudaErrorPeerAccessAlreadyEnabled = 704, cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801,
+    cudaErrorPeerAccessAlreadyEnabled = 704, cudaErrorTooManyPeers = 711, cudaErrorLaunchFailure = 719, cudaErrorNotSupported = 801,
     cudaErrorStreamCaptureUnsupported = 900, cudaErrorStreamCaptureInvalidated = 901, cudaErrorStreamCaptureUnmatched = 903,
     cudaErrorStreamCaptureUnjoined = 904, cudaErrorUnknown = 999
 };
@@ -1795,7 +1796,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
         LLAMA3_EMU_NAME(cudaErrorPeerAccessUnsupported) LLAMA3_EMU_NAME(cudaErrorUnsupportedPtxVersion)
         LLAMA3_EMU_NAME(cudaErrorInvalidResourceHandle) LLAMA3_EMU_NAME(cudaErrorNotReady) LLAMA3_EMU_NAME(cudaErrorIllegalAddress)
         LLAMA3_EMU_NAME(cudaErrorLaunchOutOfResources) LLAMA3_EMU_NAME(cudaErrorPeerAccessAlreadyEnabled)
-        LLAMA3_EMU_NAME(cudaErrorLaunchFailure) LLAMA3_EMU_NAME(cudaErrorNotSupported) LLAMA3_EMU_NAME(cudaErrorStreamCaptureUnsupported)
+        LLAMA3_EMU_NAME(cudaErrorLaunchFailure) LLAMA3_EMU_NAME(cudaErrorTooManyPeers) LLAMA3_EMU_NAME(cudaErrorNotSupported) LLAMA3_EMU_NAME(cudaErrorStreamCaptureUnsupported)
         LLAMA3_EMU_NAME(cudaErrorStreamCaptureInvalidated) LLAMA3_EMU_NAME(cudaErrorStreamCaptureUnmatched)
         LLAMA3_EMU_NAME(cudaErrorStreamCaptureUnjoined) LLAMA3_EMU_NAME(cudaErrorUnknown)
 #undef LLAMA3_EMU_NAME
@@ -1849,6 +1850,9 @@ struct cudaDeviceProp {
     int maxGridSize[3], maxThreadsDim[3];
     int integrated, canMapHostMemory, unifiedAddressing, concurrentKernels, ECCEnabled, memoryBusWidth, pciDomainID, pciBusID,
         pciDeviceID;
+    struct {
+        char bytes[16];
+    } uuid;
 };
 struct cudaFuncAttributes {
     std::size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
@@ -1904,10 +1908,15 @@ struct Runtime {
     std::map<const void*, int> shared_limit;
     std::vector<CUgraph_st*> captures;
     std::map<std::pair<int, int>, bool> peers;
+    std::map<int, bool> contexts;  // of the devices that the process uses
 };
 inline Runtime& runtime() {
     static Runtime* const instance = new Runtime;
     return *instance;
+}
+inline bool has_context(int device) {
+    const auto guard = std::unique_lock(memory().mutex);
+    return runtime().contexts[device];
 }
 inline bool has_access(int device, int other) { return device == other || runtime().peers[{device, other}]; }
 inline thread_local int current_device = 0;
@@ -2049,7 +2058,8 @@ void check_argument(const char* kernel, int number, const T& value, int device) 
         }
 }
 
-inline thread_local bool cooperative = false;  // the next launch: its blocks run in turns
+inline thread_local bool cooperative = false;                                // the next launch: its blocks run in turns
+inline std::function<cudaError_t(const std::string& kernel)> before_launch;  // whose error, if any, is the launch's
 
 template <class... P, class... A>
 cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 threads, std::size_t shared_bytes,
@@ -2058,6 +2068,7 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 threa
     static_assert((std::is_trivially_copyable_v<P> && ...), "arguments are copied to the device byte by byte");
     static_assert((sizeof(P) + ... + 0) <= 4096, "CUDA takes at most 4 KB of arguments");
     const auto guard = lock();
+    runtime().contexts[current_device] = true;
     const std::uint64_t count = std::uint64_t{threads.x} * threads.y * threads.z;
     if (count == 0 || count > 1024 || threads.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff ||
         grid.y > 65535 || grid.z > 65535)
@@ -2065,6 +2076,7 @@ cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 threa
     const auto limit = runtime().shared_limit.find(reinterpret_cast<const void*>(kernel));
     if (shared_bytes > std::size_t(limit == runtime().shared_limit.end() ? 48 * 1024 : std::max(48 * 1024, limit->second)))
         return result(cudaErrorInvalidValue);
+    if (const cudaError_t error = before_launch ? before_launch(name) : cudaSuccess) return result(error);
     const int on = stream_of(stream)->device;
     if (on != current_device) return result(cudaErrorInvalidResourceHandle);
     struct Call {
@@ -2115,8 +2127,10 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
     return cuda_emu::result(cuda_emu::device_count > 0 ? cudaSuccess : cudaErrorNoDevice);
 }
 inline cudaError_t cudaSetDevice(int device) {
+    const auto guard = cuda_emu::lock();
     if (device < 0 || device >= cuda_emu::device_count) return cuda_emu::result(cudaErrorInvalidDevice);
     cuda_emu::current_device = device;
+    cuda_emu::runtime().contexts[device] = true;
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_emu::current_device, cudaSuccess; }
@@ -2134,7 +2148,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
     p->maxGridSize[0] = 0x7fffffff, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
     p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
     p->canMapHostMemory = p->unifiedAddressing = p->concurrentKernels = 1;
-    p->memoryBusWidth = 256, p->pciBusID = device + 1;
+    p->memoryBusWidth = 256, p->pciBusID = device + 1, p->uuid.bytes[0] = char(device + 1);
     return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
@@ -2159,6 +2173,7 @@ inline cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
 inline cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned) {
     const auto guard = cuda_emu::lock();
     if (!cuda_emu::peers_possible) return cuda_emu::result(cudaErrorPeerAccessUnsupported);
+    if (cuda_emu::too_many_peers) return cuda_emu::result(cudaErrorTooManyPeers);
     bool& enabled = cuda_emu::runtime().peers[{cuda_emu::current_device, peer}];
     return cuda_emu::result(std::exchange(enabled, true) ? cudaErrorPeerAccessAlreadyEnabled : cudaSuccess);
 }
@@ -2197,6 +2212,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(
 
 inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
     const auto guard = cuda_emu::lock();
+    cuda_emu::runtime().contexts[cuda_emu::current_device] = true;
     *p = nullptr;
     if (cuda_emu::device_count <= 0) return cuda_emu::result(cudaErrorNoDevice);
     if (cuda_emu::forbidden()) return cuda_emu::result(cudaErrorStreamCaptureUnsupported);
@@ -2229,6 +2245,7 @@ inline cudaError_t cudaFree(void* p) {
 }
 inline cudaError_t cudaHostAlloc(void** p, std::size_t bytes, unsigned) {
     const auto guard = cuda_emu::lock();
+    cuda_emu::runtime().contexts[cuda_emu::current_device] = true;
     *p = nullptr;
     if (cuda_emu::device_count <= 0) return cuda_emu::result(cudaErrorNoDevice);
     if (cuda_emu::forbidden()) return cuda_emu::result(cudaErrorStreamCaptureUnsupported);
@@ -2319,6 +2336,7 @@ inline cudaError_t cudaMemset(void* p, int value, std::size_t bytes) { return cu
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     const auto guard = cuda_emu::lock();
+    cuda_emu::runtime().contexts[cuda_emu::current_device] = true;
     if (cuda_emu::device_count <= 0) return cuda_emu::result(cudaErrorNoDevice);
     *stream = new CUstream_st(cuda_emu::current_device, (flags & cudaStreamNonBlocking) == 0);
     cuda_emu::runtime().streams.push_back(*stream);
@@ -2339,6 +2357,7 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 inline cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     const auto guard = cuda_emu::lock();
+    cuda_emu::runtime().contexts[cuda_emu::current_device] = true;
     cuda_emu::drain(*cuda_emu::stream_of(stream));
     std::erase(cuda_emu::runtime().streams, stream);
     delete stream;
@@ -2346,6 +2365,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 inline cudaError_t cudaDeviceSynchronize() {
     const auto guard = cuda_emu::lock();
+    cuda_emu::runtime().contexts[cuda_emu::current_device] = true;
     if (cuda_emu::forbidden()) return cuda_emu::result(cudaErrorStreamCaptureUnsupported);
     cuda_emu::drain_device(cuda_emu::current_device, false);
     return cudaSuccess;
@@ -2361,7 +2381,11 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) 
     return cudaSuccess;
 }
 inline cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    const auto guard = cuda_emu::lock();
+    cuda_emu::runtime().contexts[cuda_emu::current_device] = true;
+    return delete event, cudaSuccess;
+}
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle = nullptr) {
     const auto guard = cuda_emu::lock();
     CUstream_st& stream = *cuda_emu::stream_of(handle);

@@ -863,7 +863,7 @@ TEST_SUITE("core: ranks on the device") {
                 CHECK(same_bits(run(model, tokens, shared_by(ranks, Format::bf16, chunk), device),
                                 run(model, tokens, shared_by(as, Format::bf16, chunk), one)));
                 if (chunk > 1) continue;
-                const auto backend = device->open(model, shared_by(ranks, Format::bf16, 8));
+                const auto backend = device->open(model, shared_by(std::max(ranks, gpus), Format::bf16, 8));
                 CAPTURE(backend->describe());
                 CHECK(says(backend->describe(), transport));
             }
@@ -878,7 +878,8 @@ TEST_SUITE("core: ranks on the device") {
         }
         ~Machine() {
             cuda_emu::protect_memory = true;
-            cuda_emu::device_count = 1, cuda_emu::peers_possible = true, cuda_emu::broken_peer = {-1, -1};
+            cuda_emu::device_count = 1, cuda_emu::broken_peer = {-1, -1};
+            cuda_emu::peers_possible = true, cuda_emu::too_many_peers = false, cuda_emu::before_launch = nullptr;
             cuda_emu::lazy_streams = false, cuda_emu::order = cuda_emu::order_from_environment();
         }
     };
@@ -922,6 +923,116 @@ TEST_SUITE("core: ranks on the device") {
         check_several(2, 4, "sums through the host, because GPU 0 (emulated device) cannot reach the memory of GPU 1");
     }
 
+    TEST_CASE("a test of two GPUs that fails leaves no verdict, and access that is refused is one") {
+        const Device_ memory;
+        const Machine restore(2);
+        const Model model = Model::synthetic(config_of(segmented, 2048, 1), Format::q8);
+        const auto device = cuda({0, 1});
+        const std::size_t room = std::exchange(cuda_emu::device.memory, 0);
+        CHECK(says(message_of([&] { device->open(model, shared_by(2, Format::bf16, 8)); }), "test of GPU 0"));
+        cuda_emu::device.memory = room, cuda_emu::broken_peer = {0, 1};
+        CHECK(says(device->open(model, shared_by(2, Format::bf16, 8))->describe(), "does not arrive"));
+        cuda_emu::broken_peer = {-1, -1}, cuda_emu::too_many_peers = true;
+        CHECK(says(cuda({0, 1})->open(model, shared_by(2, Format::bf16, 8))->describe(),
+                   "GPU 0 (emulated device) is not given access to GPU 1 (emulated device) (cudaErrorTooManyPeers)"));
+    }
+
+    TEST_CASE("a session on one GPU takes nothing of another one, and the caller's GPU stays what it was") {
+        const Machine restore(3);
+        const Model model = Model::synthetic(config_of(segmented, 2048, 1), Format::q8);
+        cudaSetDevice(0);
+        cuda_emu::runtime().contexts.clear();
+        for (const int caller : {0, 2}) {
+            if (caller > 0) cudaSetDevice(caller);
+            run(model, some_tokens(3, model.config().vocab_size), with(Format::bf16, 3), cuda({1}));
+            CHECK(!cuda_emu::has_context(0));
+            CHECK(cuda_emu::has_context(1));
+            int now = -1;
+            cudaGetDevice(&now);
+            CHECK(now == (caller > 0 ? caller : 1));
+        }
+        cudaSetDevice(0);
+    }
+
+    // Steps of 2 ranks, after each of which the logits are those of one rank, and of the slots only those of the step's rows are
+    // full, in the set of the last exchange.
+    struct Steps {
+        Model model = Model::synthetic(config_of(segmented), Format::q8);
+        std::vector<int> tokens = some_tokens(8, model.config().vocab_size);
+        struct Side {
+            std::unique_ptr<Backend> backend;
+            std::unique_ptr<KVCache> cache;
+        } one, two;
+        explicit Steps(const std::vector<int>& gpus) {
+            without_tensor_cores(true);
+            for (Side* side : {&one, &two}) {
+                side->backend =
+                    (side == &one ? cuda() : cuda(gpus))->open(model, shared_by(side == &one ? 1 : 2, Format::bf16, 8));
+                side->cache = side->backend->make_cache();
+            }
+            without_tensor_cores(false);
+        }
+        bool step(Side& side, int n, const std::atomic<bool>* cancel = nullptr) {
+            std::vector<Row> rows;
+            for (int t = 0; t < n; ++t) rows.push_back({tokens[static_cast<std::size_t>(t)], t, side.cache.get(), true});
+            return side.backend->step({rows}, cancel);
+        }
+        void check(int n) {
+            CAPTURE(n);
+            REQUIRE(step(one, n));
+            REQUIRE(step(two, n));
+            for (int i = 0; i < n; ++i) CHECK(same_bits(row(two.backend->logits(i)), row(one.backend->logits(i))));
+            for (const std::size_t rank : {0, 1}) {
+                const gpu::Buffers& b = dynamic_cast<gpu::CudaBackend&>(*two.backend).rank(rank).buffers();
+                std::vector<std::uint32_t> slots(b.slots_bytes / sizeof(float));
+                gpu::RowEntry first{};
+                cudaMemcpy(slots.data(), b.slots, b.slots_bytes, cudaMemcpyDeviceToHost);
+                cudaMemcpy(&first, b.rows, sizeof first, cudaMemcpyDeviceToHost);
+                const std::size_t last = first.exchanges + 2 * static_cast<unsigned>(model.config().n_layers) - 1;
+                std::size_t wrong = 0;
+                for (std::size_t i = 0; i < slots.size(); ++i) {
+                    const std::size_t line = i / b.partial.stride, row = line % gpu::Slots::rows;
+                    const bool full = line / gpu::Slots::rows / 2 == last % 3 && row < static_cast<std::size_t>(n);
+                    wrong += full != (slots[i] != ~0u) && i % b.partial.stride < static_cast<std::size_t>(b.partial.columns);
+                }
+                CHECK(wrong == 0);
+            }
+        }
+    };
+
+    TEST_CASE("the slots are in order after every step, whatever was the number of rows, cancelled or failed before it") {
+        const Machine restore(2);
+        for (const std::vector<int>& gpus : {std::vector<int>{0}, {0, 1}}) {
+            CAPTURE(gpus.size());
+            Steps steps(gpus);
+            for (const int n : {8, 1, 5, 4, 4, 2, 8, 1, 5}) steps.check(n);
+
+            int launches = 0, last = 0;
+            std::atomic<bool> cancel = false;
+            cuda_emu::before_launch = [&](const std::string&) {
+                if (++launches == last) cancel = true;
+                return cudaSuccess;
+            };
+            REQUIRE(steps.step(steps.two, 3));
+            const int all = launches;           // a step without a graph, which is then captured
+            for (const int quarter : {1, 3}) {  // so in the step and in the capture
+                launches = 0, last = all * quarter / 4, cancel = false;
+                CHECK(!steps.step(steps.two, 6 + quarter / 2, &cancel));
+                steps.check(1), steps.check(4), steps.check(2);
+            }
+
+            for (const int at : {2, 3, 4}) {  // the second product, the first join, the second
+                int calls = 0;
+                cuda_emu::before_launch = [&](const std::string& kernel) {
+                    return kernel == "project_out" && ++calls == at ? cudaErrorLaunchOutOfResources : cudaSuccess;
+                };
+                CHECK(says(message_of([&] { steps.step(steps.two, 6); }), "project_out"));
+                cuda_emu::before_launch = nullptr;
+                steps.check(1), steps.check(5), steps.check(2);
+            }
+        }
+    }
+
     TEST_CASE("a model that is too large for one GPU runs on two, and what does not fit there is refused by name") {
         const Device_ memory;
         const Machine restore(2);
@@ -934,8 +1045,13 @@ TEST_SUITE("core: ranks on the device") {
         cuda_emu::device.major = 7, cuda_emu::device.minor = 5;  // no workspace for cuBLASLt
         cuda_emu::device.memory = whole + (total - free[0]);
         CHECK(says(message_of([&] { cuda({0})->open(model, options); }), "GPU 0 (emulated device): the model does not fit"));
-        CHECK(says(cuda({0, 1})->open(model, options)->describe(), "2 ranks"));
+        options.device = cuda({0, 1});
+        run(model, some_tokens(2, 530), options, options.device);  // on two
+
+        const MemoryPlan by_device = model.plan(options);
         options.ranks = 2;
+        CHECK(by_device.weights_bytes == model.plan(options).weights_bytes);
+        CHECK(by_device.activations_bytes == model.plan(options).activations_bytes);
         cuda_emu::device.memory = whole / 2;
         CHECK(says(message_of([&] { cuda({1, 0})->open(model, options); }), "the model does not fit"));
     }
