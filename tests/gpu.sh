@@ -51,7 +51,9 @@ background kernels nvcc -std=c++20 -O3 -arch=native -Xptxas -v -x cu -c kernels.
 background implementation g++ -std=c++20 -O2 -fopenmp -I. -c tests/implementation.cpp -o "$folder/implementation.o"
 background build_bench_cuda nvcc $flags -x cu -c tests/bench_cuda.cpp -o "$folder/bench_cuda.o"
 background build_stage_cost nvcc -std=c++20 -O3 -arch=native tests/stage_cost.cu -o "$folder/stage_cost"
-[ -z "$doctest" ] || background build_test_cuda nvcc $flags -lineinfo -diag-suppress 1675 -x cu "-DLLAMA3_SOURCE_DIR=\"$PWD\"" tests/test_cuda.cpp -lcublasLt -o "$folder/test_cuda"
+nccl=
+if [ -f "$cuda/include/nccl.h" ]; then nccl="-DLLAMA3_NCCL -L$cuda/lib -lnccl"; else echo "not run: NCCL, which is not installed"; fi
+[ -z "$doctest" ] || background build_test_cuda nvcc $flags $nccl -lineinfo -diag-suppress 1675 -x cu "-DLLAMA3_SOURCE_DIR=\"$PWD\"" tests/test_cuda.cpp -lcublasLt -o "$folder/test_cuda"
 wait
 link="$folder/implementation.o $folder/kernels.o -L$cuda/lib64 -L$cuda/targets/x86_64-linux/lib -Wl,-rpath,$cuda/lib64 -lcudart -lcublasLt"
 background link_bench_cuda g++ -fopenmp "$folder/bench_cuda.o" "$folder/implementation.o" -L"$cuda/lib64" -Wl,-rpath,"$cuda/lib64" -lcudart -lcublasLt -o "$folder/bench_cuda"
