@@ -1056,39 +1056,6 @@ TEST_SUITE("core: ranks on the device") {
         CHECK(says(message_of([&] { cuda({1, 0})->open(model, options); }), "the model does not fit"));
     }
 
-#ifdef LLAMA3_NCCL  // never under the emulator; with one rank, since NCCL puts no two on a GPU
-    TEST_CASE("NCCL gathers from one rank what it gave, at once and from a graph") {
-        using namespace gpu;
-        const auto alone = d::ranks_in_process(1);
-        const Nccl nccl(*alone[0]);
-        constexpr std::size_t n = 1000, bytes = n * sizeof(float);
-        const Memory from(Memory::Kind::device, bytes, "test"), to(Memory::Kind::device, bytes, "test");
-        const Stream stream;
-        std::vector<float> given(n), found(n);
-        const auto gathered = [&](float first, const auto& gather) {
-            for (std::size_t i = 0; i < n; ++i) given[i] = first + static_cast<float>(i);
-            check(cudaMemcpy(from.data(), given.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy", "test");
-            check(cudaMemset(to.data(), 0xff, bytes), "cudaMemset", "test");
-            check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", "test");
-            gather();
-            nccl.wait(stream.value, "test");
-            check(cudaMemcpy(found.data(), to.data(), bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", "test");
-            return found == given;
-        };
-        const auto gather = [&] { nccl.all_gather("test", from.as<float>(), to.as<float>(), n, stream.value); };
-        CHECK(gathered(1, gather));
-        Graph graph;
-        cudaGraph_t captured{};
-        check(cudaStreamBeginCapture(stream.value, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", "test");
-        gather();
-        check(cudaStreamEndCapture(stream.value, &captured), "cudaStreamEndCapture", "test");
-        check(cudaGraphInstantiate(&graph.value, captured, 0), "cudaGraphInstantiate", "test");
-        cudaGraphDestroy(captured);
-        for (const float first : {2.0f, 3.0f})
-            CHECK(gathered(first, [&] { check(cudaGraphLaunch(graph.value, stream.value), "cudaGraphLaunch", "test"); }));
-    }
-#endif
-
     TEST_CASE("a rank per thread, meeting through a communicator, gives the bits of one rank and stops with the others") {
         const Model model = Model::synthetic(config_of(segmented), Format::q8);
         const std::vector<int> tokens = some_tokens(11, model.config().vocab_size);
@@ -1132,6 +1099,39 @@ TEST_SUITE("core: ranks on the device") {
     TEST_CASE("2 and 4 GPUs that reach each other give the bits of one GPU") {
         check_several(2, 1, "2 ranks, sums ");
         check_several(4, 4, "4 ranks, sums ");
+    }
+#endif
+
+#ifdef LLAMA3_NCCL  // on a GPU only; with one rank, since NCCL puts no two on a GPU
+    TEST_CASE("NCCL gathers from one rank what it gave, at once and from a graph") {
+        using namespace gpu;
+        const auto alone = d::ranks_in_process(1);
+        const Nccl nccl(*alone[0]);
+        constexpr std::size_t n = 1000, bytes = n * sizeof(float);
+        const Memory from(Memory::Kind::device, bytes, "test"), to(Memory::Kind::device, bytes, "test");
+        const Stream stream;
+        std::vector<float> given(n), found(n);
+        const auto gathered = [&](float first, const auto& gather) {
+            for (std::size_t i = 0; i < n; ++i) given[i] = first + static_cast<float>(i);
+            check(cudaMemcpy(from.data(), given.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy", "test");
+            check(cudaMemset(to.data(), 0xff, bytes), "cudaMemset", "test");
+            check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", "test");
+            gather();
+            nccl.wait(stream.value, "test");
+            check(cudaMemcpy(found.data(), to.data(), bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", "test");
+            return found == given;
+        };
+        const auto gather = [&] { nccl.all_gather("test", from.as<float>(), to.as<float>(), n, stream.value); };
+        CHECK(gathered(1, gather));
+        Graph graph;
+        cudaGraph_t captured{};
+        check(cudaStreamBeginCapture(stream.value, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture", "test");
+        gather();
+        check(cudaStreamEndCapture(stream.value, &captured), "cudaStreamEndCapture", "test");
+        check(cudaGraphInstantiate(&graph.value, captured, 0), "cudaGraphInstantiate", "test");
+        cudaGraphDestroy(captured);
+        for (const float first : {2.0f, 3.0f})
+            CHECK(gathered(first, [&] { check(cudaGraphLaunch(graph.value, stream.value), "cudaGraphLaunch", "test"); }));
     }
 #endif
 }
