@@ -46,18 +46,18 @@ background() { # NAME COMMAND...: the status goes to a file
 
 # ── Build: what does not depend on each other at once ──
 has() { echo "#include <$1>" | g++ -I"$folder" -I"$cuda/include" -x c++ -E - >/dev/null 2>&1; }
-flags="-std=c++20 -O3 -arch=native -I. -I$folder -Xcompiler -pthread"
+flags="-std=c++20 -arch=native -I. -I$folder -Xcompiler -pthread"
 background kernels nvcc -std=c++20 -O3 -arch=native -Xptxas -v -x cu -c kernels.cuh -o "$folder/kernels.o"
 background implementation g++ -std=c++20 -O2 -fopenmp -I. -c tests/implementation.cpp -o "$folder/implementation.o"
-background build_bench_cuda nvcc $flags -x cu -c tests/bench_cuda.cpp -o "$folder/bench_cuda.o"
+background build_bench_cuda nvcc $flags -O3 -x cu -c tests/bench_cuda.cpp -o "$folder/bench_cuda.o"
 background build_stage_cost nvcc -std=c++20 -O3 -arch=native tests/stage_cost.cu -o "$folder/stage_cost"
 nccl=
 if has nccl.h; then nccl="-DLLAMA3_NCCL -L$cuda/lib -lnccl"; else echo "not run: the test of NCCL, which is not installed"; fi
 if has doctest/doctest.h; then
-    background build_test_cuda nvcc $flags $nccl -lineinfo -diag-suppress 1675 -x cu "-DLLAMA3_SOURCE_DIR=\"$PWD\"" tests/test_cuda.cpp \
+    background build_test_cuda nvcc $flags -O1 $nccl -lineinfo -diag-suppress 1675 -x cu "-DLLAMA3_SOURCE_DIR=\"$PWD\"" tests/test_cuda.cpp \
         -lcublasLt -o "$folder/test_cuda"
 else
-    echo "FAILED: the tests need doctest (found none, expected doctest-dev, or doctest.h in $folder/doctest). Install it, or copy it there."
+    echo "FAILED: the tests need doctest (found none, expected doctest-dev, or doctest.h in $folder/doctest). Install it."
     failed=1
 fi
 wait
@@ -92,24 +92,24 @@ if [ -x "$folder/test_cuda" ]; then
 fi
 run demo_cpu 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids
 run demo_cuda 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids --device cuda
-run demo_cuda_again 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids --device cuda
-cmp -s "$folder/demo_cuda.log" "$folder/demo_cuda_again.log"
-report "two_runs_are_equal" $?
-for ranks in 2 4; do # in lock-step on one GPU; the prompt is short enough for matrix x vector, whose bits do not depend on ranks
-    run "demo_cuda_${ranks}_ranks" 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids --device cuda --ranks $ranks
-    cmp -s "$folder/demo_cuda.log" "$folder/demo_cuda_${ranks}_ranks.log"
-    report "${ranks}_ranks_equal_one" $?
+for ranks in 1 2 4; do # in lock-step on one GPU; the prompt has fewer than 9 tokens, so that the bits do not depend on ranks
+    run "demo_cuda_${ranks}_ranks" 60 "$folder/generate" -p "Once upon a time" -n 64 --temp 0 --ids --device cuda --ranks $ranks &&
+        { cmp "$folder/demo_cuda.log" "$folder/demo_cuda_${ranks}_ranks.log" >"$folder/${ranks}_ranks_equal_the_first_run.log"
+          report "${ranks}_ranks_equal_the_first_run" $?; }
 done
 echo "tokens that CPU and GPU share from the start: $(cat "$folder/demo_cpu.log" "$folder/demo_cuda.log" |
     awk '{ for (i = 1; i <= NF; ++i) t[NR, i] = $i; n = NF } END { i = 1; while (i <= n && t[1, i] == t[2, i]) ++i; print i - 1 " of " n }')"
+run story 60 "$folder/generate" -p "Once upon a time" -n 600 --ignore-eos
 for device in cpu cuda; do
-    run "perplexity_$device" 60 "$folder/perplexity" -f README.md --device $device && tail -n 2 "$folder/perplexity_$device.log"
+    run "perplexity_$device" 60 "$folder/perplexity" -f "$folder/story.log" -c 128 --device $device &&
+        tail -n 1 "$folder/perplexity_$device.log"
 done
 report_background
 
 # ── Is it fast? ──
 run stage_cost 40 "$folder/stage_cost" && cat "$folder/stage_cost.log"
-run stages 60 "$folder/bench" --synthetic llama-3.1-8b -n 32 -r 1 --device cuda --ranks 1,2 && grep -A 2 "^time by stage" "$folder/stages.log"
+run stages 90 "$folder/bench" --synthetic llama-3.1-8b -n 32 -r 1 --device cuda --ranks 1,2 &&
+    grep -A 2 "^time by stage" "$folder/stages.log"
 left=$((500 - $(elapsed)))
 [ $left -ge 100 ] || left=100
 run bench_cuda $left "$folder/bench_cuda" "$folder/results.json" $((left - 70)) && cat "$folder/bench_cuda.log"
