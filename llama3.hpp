@@ -245,12 +245,13 @@ std::shared_ptr<Communicator> mpi(double timeout_seconds = 120);
 struct Options {
     std::shared_ptr<Device> device{};  // nullptr: cpu()
     int context = 0;                   // positions in the cache; 0: the model's, at most 8192
-    Format kv = Format::bf16;          // format of the cache: f32, bf16 or q8
+    Format kv = Format::bf16;          // format of the cache: f32 (not on GPUs), bf16 or q8
     int threads = 0;                   // CPU threads of each rank; 0: what the machine gives this process, shared by its ranks
     int ranks = 1;                     // that share each matrix (§13): threads of this process, or GPUs that it drives
     std::shared_ptr<Communicator> communicator{};  // instead: this process is one rank of several; all sessions with it then
                                                    // belong to one thread at a time
     int chunk = 512;                               // tokens per step of a long prompt; a GPU is faster with 2048
+    bool time_stages = false;  // a GPU then has stage_times(), and runs stage after stage instead of a graph: slower
     std::string isa{};  // "avx512", "avx2", ...; empty: LLAMA3_ISA from the environment, or the best there is
 };
 
@@ -287,11 +288,11 @@ public:
     std::span<const int> tokens() const;    // all that are in the cache
     int position() const;                   // their number
     int context() const;                    // how many fit
-    StageTimes stage_times() const;         // of its back end, since it was opened
+    StageTimes stage_times() const;         // of its back end, since it was opened; on a GPU see Options::time_stages
     const Model& model() const;
     void rewind(int position);        // forgets the tokens from `position` on; logits() is then empty
     void cancel() noexcept;           // from any thread: a running feed() stops with Error(cancelled) within one stage, or
-                                      // where ranks meet next
+                                      // where ranks meet next; on a GPU at the end of what it has been given, at most a step
     bool cancelled() const noexcept;  // a cancel() is waiting for the next feed() or generate(), which consumes it
     void reset_cancel() noexcept;
 

@@ -140,16 +140,30 @@ struct Bench {
         options.context = std::max(prompt, depth + predict) + 2;
         if (device != "cpu") options.chunk = 4096;
         std::vector<llama3::Session> sessions;
-        for (int b = 0; b < batch; ++b) sessions.emplace_back(model, options);
+        const auto open = [&] {
+            sessions.clear();
+            for (int b = 0; b < batch; ++b) sessions.emplace_back(model, options);
+        };
         const int ranks = options.ranks, threads = options.threads;
-        Result result{ranks, threads, batch, depth, transport, {}, {}, {}, {}, {}, {}, {}}, warm_up = result;
+        Result result{ranks, threads, batch, depth, transport, {}, {}, {}, {}, {}, {}, {}}, warm_up = result, timed = result;
         Samples ignored;
-        for (int r = 0; r <= repetitions; ++r) {
+        const auto repeat = [&](const std::string& what, Result& into, Samples& into_reads) {
             std::cerr << name << ' ' << type << ", " << ranks << " ranks, " << threads << " threads, batch " << batch
-                      << ", context " << depth << ": "
-                      << (r == 0 ? "warming up" : std::to_string(r) + " of " + std::to_string(repetitions)) << '\n';
-            if (prompt > 0) prefill(sessions[0], work, r == 0 ? warm_up : result);
-            if (predict > 0) decode(sessions, r == 0 ? warm_up : result, r == 0 ? ignored : reads);
+                      << ", context " << depth << ": " << what << '\n';
+            if (prompt > 0) prefill(sessions[0], work, into);
+            if (predict > 0) decode(sessions, into, into_reads);
+        };
+        open();
+        repeat("warming up", warm_up, ignored);
+        for (int r = 1; r <= repetitions; ++r)
+            repeat(std::to_string(r) + " of " + std::to_string(repetitions), result, reads);
+        if (device != "cpu") {  // a GPU that runs stage after stage is slower: it does so apart
+            options.time_stages = true;
+            open();
+            repeat("warming up", warm_up, ignored);
+            repeat("stage by stage", timed, ignored);
+            options.time_stages = false;
+            result.prefill_stages = timed.prefill_stages, result.decode_stages = timed.decode_stages;
         }
         return result;
     }
