@@ -44,8 +44,10 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <thread>
 #include <tuple>
@@ -133,26 +135,16 @@ __device__ __forceinline__ void wait_for_others(unsigned& looks) {
     if (++looks == 1u << 25) __trap();
 }
 
-// Asynchronous copies of 16 bytes to shared memory; a group is what was copied since the last commit. From sm_80 on.
+// From sm_80 on: asynchronous copies of 16 bytes to shared memory; a group is what was copied since the last commit.
 __device__ __forceinline__ void copy_async16(std::uint16_t* to, const void* from) {
-#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
                  "l"(from)
                  : "memory");
-#else
-    *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-#endif
 }
-__device__ __forceinline__ void copy_async_commit() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int groups_in_flight>
 __device__ __forceinline__ void copy_async_wait() {
-#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(groups_in_flight) : "memory");
-#endif
 }
 
 // Four 8 x 8 matrices of bf16: lane 8i + r gives the address of row r of matrix i, and gets of each matrix i the elements
@@ -171,16 +163,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(std::uint32_t (&r)[4], const s
 }
 // d [16, 8] += a [16, 16] b [16, 8], bf16 into float. With g = lane / 4 and t = lane % 4 a lane holds d[g][2t], d[g][2t+1],
 // d[g+8][2t], d[g+8][2t+1]; of a, in pairs along the columns, (g, 2t), (g+8, 2t), (g, 2t+8), (g+8, 2t+8); of b, in pairs along
-// the rows, (2t, g) and (2t+8, g). From sm_80 on: the host never launches it elsewhere.
+// the rows, (2t, g) and (2t+8, g). From sm_80 on.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                                   std::uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else
-    __trap();
-#endif
 }
 
 // Whether the process uses a GPU already. Only the driver can tell, with which this must not be linked.
@@ -237,24 +225,28 @@ inline const char* advice(cudaError_t error) {
     }
 }
 
-// `where` is the stage, tensor or buffer; `call` the function of CUDA.
+// Every call is LLAMA3_CHECK(where, call(...)); `where` is the stage, tensor or buffer.
+#define LLAMA3_CHECK(where, ...) ::llama3::gpu::check(__VA_ARGS__, #__VA_ARGS__, where)
+inline std::string name_of(const char* call) { return {call, std::strcspn(call, "(")}; }
 inline void check(cudaError_t error, const char* call, const std::string& where) {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // an error that is not sticky is over with this
     fail(error == cudaErrorMemoryAllocation ? Code::memory : Code::device,
-         "CUDA, " + where + ": " + call + " failed (found " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
-             ", expected success). " + advice(error));
+         "CUDA, " + where + ": " + name_of(call) + " failed (found " + cudaGetErrorName(error) + ": " +
+             cudaGetErrorString(error) + ", expected success). " + advice(error));
 }
 inline void check(cublasStatus_t status, const char* call, const std::string& where) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
-    fail(Code::device, "cuBLASLt, " + where + ": " + call + " failed (found " + cublasLtGetStatusString(status) +
+    fail(Code::device, "cuBLASLt, " + where + ": " + name_of(call) + " failed (found " + cublasLtGetStatusString(status) +
                            ", expected success). Check that the versions of cuBLASLt and of the driver belong together.");
 }
 
 inline void copy_async(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream,
                        const std::string& where) {
-    check(cudaMemcpyAsync(to, from, bytes, kind, stream), "cudaMemcpyAsync", where);
+    LLAMA3_CHECK(where, cudaMemcpyAsync(to, from, bytes, kind, stream));
 }
+
+__host__ __device__ constexpr int div_up(int n, int by) { return (n + by - 1) / by; }
 
 // The one place that starts kernels. The arguments are converted to the types of the kernel's parameters.
 template <class... P, class... A>
@@ -263,9 +255,8 @@ void launch(const char* stage, void (*kernel)(P...), dim3 grid, unsigned threads
     static_assert(sizeof...(P) == sizeof...(A));
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     if (shared_bytes > 48 * 1024)  // more than that must be asked for
-        check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)),
-              "cudaFuncSetAttribute", stage);
+        LLAMA3_CHECK(stage, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
 #ifdef LLAMA3_CUDA_EMULATOR
     check(cuda_emu::launch(stage, kernel, grid, dim3(threads), shared_bytes, stream, P(arguments)...), "launch", stage);
 #else
@@ -273,8 +264,8 @@ void launch(const char* stage, void (*kernel)(P...), dim3 grid, unsigned threads
     std::apply(
         [&](P&... value) {
             void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-            check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared_bytes, stream),
-                  "cudaLaunchKernel", stage);
+            LLAMA3_CHECK(stage, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
+                                                 shared_bytes, stream));
         },
         values);
 #endif
@@ -296,15 +287,40 @@ __device__ __forceinline__ std::uint16_t to_bf16(float x) { return __bfloat16_as
 __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
     return static_cast<std::uint32_t>(to_bf16(low)) | static_cast<std::uint32_t>(to_bf16(high)) << 16;
 }
+__device__ __forceinline__ uint4 pack_bf16(const float (&x)[8]) {
+    return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
 __device__ __forceinline__ float from_fp16(std::uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(bits & 0xffffu)));
 }
 __device__ __forceinline__ std::uint32_t word_at(const std::byte* at) { return *reinterpret_cast<const std::uint32_t*>(at); }
 
+constexpr unsigned all_lanes = 0xffffffffu;
+
+// f over the lanes of a warp that differ in the bits of `last` to `first`: a tree whose order is always the same.
+template <int first = 16, int last = 1, class T, class F>
+__device__ __forceinline__ T over_lanes(T x, const F& f) {
+#pragma unroll
+    for (int step = first; step >= last; step /= 2) x = f(x, __shfl_xor_sync(all_lanes, x, step));
+    return x;
+}
+struct Sum {
+    __device__ float operator()(float a, float b) const { return __fadd_rn(a, b); }
+    __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return a + b; }
+};
+struct Max {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+    __device__ unsigned operator()(unsigned a, unsigned b) const { return max(a, b); }
+    __device__ unsigned long long operator()(unsigned long long a, unsigned long long b) const { return max(a, b); }
+};
+
 constexpr float magic = 12582912.0f;    // 1.5 x 2^23: a float of this size counts in ones, so that adding it rounds,
 constexpr int magic_bits = 0x4b400000;  // and an integer added to its bits is added to the float: a conversion for free
 
-// The sum of an integer dot product that was started at magic_bits.
+// sum + the products of four signed bytes; and the sum, where it was started at magic_bits.
+__device__ __forceinline__ int dot4(std::uint32_t a, std::uint32_t b, int sum) {
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
 __device__ __forceinline__ float dot_value(int biased) { return __int_as_float(biased) - magic; }
 
 // Where a lane is within a slice of a panel: units [begin, end), of which step i is its own.
@@ -313,52 +329,50 @@ struct Slice {
     int begin, end;
 };
 
-struct F32Weights {
-    static constexpr Format format = Format::f32;
+// What f32 and bf16 share: 64 bytes to a unit, 8 of them in a step.
+struct PlainWeights {
     using Loaded = uint4;
-    __host__ __device__ static int padded(int units) { return (units + 3) / 4 * 4; }  // columns that pack() fills
-    __host__ __device__ static int words(int units) { return padded(units); }         // of shared memory per row of activations
-    __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
-        shared_cast<float4>(to)[column / 4] = v;
-    }
-    __device__ static int steps(const Slice& s) { return (s.end - s.begin + 7) / 8; }
+    __device__ static int steps(const Slice& s) { return div_up(s.end - s.begin, 8); }
     __device__ static Loaded load(const Slice& s, int i, int lane) {
         const int v = s.begin + 8 * i + lane / 4;
-        if (v >= s.end) return make_uint4(0, 0, 0, 0);
-        return load_streaming16(s.panel + static_cast<std::size_t>(v) * 64 + (lane & 3) * 16);
+        return v < s.end ? load_streaming16(s.panel + v * 64 + lane % 4 * 16) : make_uint4(0, 0, 0, 0);
+    }
+};
+
+struct F32Weights : PlainWeights {
+    static constexpr Format format = Format::f32;
+    __host__ __device__ static int padded(int units) { return div_up(units, 4) * 4; }  // columns that pack() fills
+    __host__ __device__ static int words(int units) { return padded(units); }  // of shared memory per row of activations
+    __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
+        shared_cast<float4>(to)[column / 4] = v;
     }
     template <int columns>
     __device__ static void multiply(float (&sum)[columns][4], const Loaded& w, const Slice& s, int i, int lane,
                                     Shared<std::uint32_t> x, int words, int) {
         const int v = s.begin + 8 * i + lane / 4;
         if (v >= s.end) return;
+        const std::uint32_t rows[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
         for (int c = 0; c < columns; ++c) {
             const float a = __uint_as_float(x[c * words + v]);
-            sum[c][0] = fmaf(__uint_as_float(w.x), a, sum[c][0]);
-            sum[c][1] = fmaf(__uint_as_float(w.y), a, sum[c][1]);
-            sum[c][2] = fmaf(__uint_as_float(w.z), a, sum[c][2]);
-            sum[c][3] = fmaf(__uint_as_float(w.w), a, sum[c][3]);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sum[c][r] = fmaf(__uint_as_float(rows[r]), a, sum[c][r]);
         }
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int units) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            out[i] =
-                column + i < units ? __uint_as_float(word_at(panel + static_cast<std::size_t>(column + i) * 64 + row * 4)) : 0;
+            out[i] = column + i < units ? __uint_as_float(word_at(panel + (column + i) * 64 + row * 4)) : 0;
     }
 };
 
-struct Bf16Weights {
+struct Bf16Weights : PlainWeights {
     static constexpr Format format = Format::bf16;
-    using Loaded = uint4;
-    __host__ __device__ static int padded(int units) { return (units + 3) / 4 * 8; }
+    __host__ __device__ static int padded(int units) { return div_up(units, 4) * 8; }
     __host__ __device__ static int words(int units) { return padded(units) / 2; }
     __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
         shared_cast<uint2>(to)[column / 4] = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
     }
-    __device__ static int steps(const Slice& s) { return (s.end - s.begin + 7) / 8; }
-    __device__ static Loaded load(const Slice& s, int i, int lane) { return F32Weights::load(s, i, lane); }
     template <int columns>
     __device__ static void multiply(float (&sum)[columns][4], const Loaded& w, const Slice& s, int i, int lane,
                                     Shared<std::uint32_t> x, int words, int) {
@@ -380,7 +394,7 @@ struct Bf16Weights {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int v = column / 2 + i;
-            const std::uint32_t pair = v < units ? word_at(panel + static_cast<std::size_t>(v) * 64 + row * 4) : 0;
+            const std::uint32_t pair = v < units ? word_at(panel + v * 64 + row * 4) : 0;
             out[2 * i] = from_bf16(pair), out[2 * i + 1] = __uint_as_float(pair & 0xffff0000u);
         }
     }
@@ -392,10 +406,9 @@ struct QuantisedActivations {
     __host__ __device__ static int words(int units) { return 18 * units; }  // 16 of bytes, then 2 scales
     __device__ static void pack(Shared<std::uint32_t> to, int column, int units, float4 v, int lane) {
         const std::uint32_t mask = 0x7fffffffu;
-        std::uint32_t largest = max(max(__float_as_uint(v.x) & mask, __float_as_uint(v.y) & mask),
-                                    max(__float_as_uint(v.z) & mask, __float_as_uint(v.w) & mask));
-#pragma unroll
-        for (int step = 1; step < 8; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        const std::uint32_t largest = over_lanes<4>(max(max(__float_as_uint(v.x) & mask, __float_as_uint(v.y) & mask),
+                                                        max(__float_as_uint(v.z) & mask, __float_as_uint(v.w) & mask)),
+                                                    Max());
         const bool finite = largest < 0x7f800000u;
         const float magnitude = finite ? __uint_as_float(largest) : 0.0f;
         const bool counts = magnitude > 7.9e-31f;  // else the inverse would overflow
@@ -420,7 +433,7 @@ struct Q8Weights : QuantisedActivations {
     static constexpr Format format = Format::q8;
     __device__ static int steps(const Slice& s) { return 2 * (s.end - s.begin); }
     __device__ static Loaded load(const Slice& s, int i, int lane) {
-        const std::byte* unit = s.panel + static_cast<std::size_t>(s.begin + i / 2) * 1088;
+        const std::byte* unit = s.panel + (s.begin + i / 2) * 1088;
         return {load_streaming16(unit + i % 2 * 512 + lane * 16), load_streaming8(unit + 1024 + i % 2 * 32 + lane % 4 * 8)};
     }
     template <int columns>
@@ -432,23 +445,21 @@ struct Q8Weights : QuantisedActivations {
         unpack_scales(scales, l.scales);
 #pragma unroll
         for (int c = 0; c < columns; ++c) {
-            const int a = static_cast<int>(x[c * words + 8 * block + lane / 4]);
+            const std::uint32_t a = x[c * words + 8 * block + lane / 4];
             const float scale = __uint_as_float(x[c * words + 16 * units + block]);
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-                sum[c][r] =
-                    fmaf(dot_value(__dp4a(static_cast<int>(rows[r]), a, magic_bits)), __fmul_rn(scales[r], scale), sum[c][r]);
+                sum[c][r] = fmaf(dot_value(dot4(rows[r], a, magic_bits)), __fmul_rn(scales[r], scale), sum[c][r]);
         }
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int) {
-        const std::byte* unit = panel + static_cast<std::size_t>(column / 64) * 1088;
+        const std::byte* unit = panel + column / 64 * 1088;
         const float scale = from_fp16(*reinterpret_cast<const std::uint16_t*>(unit + 1024 + column % 64 / 32 * 32 + 2 * row));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const std::uint32_t bytes = word_at(unit + (column % 64 / 4 + i) * 64 + 4 * row);
 #pragma unroll
-            for (int b = 0; b < 4; ++b)
-                out[4 * i + b] = __fmul_rn(static_cast<float>(static_cast<std::int8_t>(bytes >> 8 * b & 0xffu)), scale);
+            for (int b = 0; b < 4; ++b) out[4 * i + b] = __fmul_rn(static_cast<std::int8_t>(bytes >> 8 * b & 0xffu), scale);
         }
     }
 };
@@ -457,7 +468,7 @@ struct Q4Weights : QuantisedActivations {
     static constexpr Format format = Format::q4;
     __device__ static int steps(const Slice& s) { return s.end - s.begin; }
     __device__ static Loaded load(const Slice& s, int i, int lane) {
-        const std::byte* unit = s.panel + static_cast<std::size_t>(s.begin + i) * 576;
+        const std::byte* unit = s.panel + (s.begin + i) * 576;
         return {load_streaming16(unit + lane * 16), load_streaming8(unit + 512 + lane / 16 * 32 + lane % 4 * 8)};
     }
     template <int columns>
@@ -469,28 +480,26 @@ struct Q4Weights : QuantisedActivations {
         unpack_scales(scales, l.scales);
 #pragma unroll
         for (int c = 0; c < columns; ++c) {
-            const int low = static_cast<int>(x[c * words + 16 * unit + lane / 4 * 2]);
-            const int high = static_cast<int>(x[c * words + 16 * unit + lane / 4 * 2 + 1]);
+            const std::uint32_t low = x[c * words + 16 * unit + lane / 4 * 2],
+                                high = x[c * words + 16 * unit + lane / 4 * 2 + 1];
             const float scale = __uint_as_float(x[c * words + 16 * units + 2 * unit + lane / 16]);
             // Σ (nibble - 8) x = Σ nibble x - 8 Σ x: one correction for the four rows
-            const int eights = static_cast<int>(0xf8f8f8f8u);
-            const int start = __dp4a(eights, low, __dp4a(eights, high, magic_bits));
+            const int start = dot4(0xf8f8f8f8u, low, dot4(0xf8f8f8f8u, high, magic_bits));
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
-                const int dot = __dp4a(static_cast<int>(rows[r] & 0x0f0f0f0fu), low,
-                                       __dp4a(static_cast<int>(rows[r] >> 4 & 0x0f0f0f0fu), high, start));
+                const int dot = dot4(rows[r] & 0x0f0f0f0fu, low, dot4(rows[r] >> 4 & 0x0f0f0f0fu, high, start));
                 sum[c][r] = fmaf(dot_value(dot), __fmul_rn(scales[r], scale), sum[c][r]);
             }
         }
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int) {
-        const std::byte* unit = panel + static_cast<std::size_t>(column / 64) * 576;
+        const std::byte* unit = panel + column / 64 * 576;
         const float scale = from_fp16(*reinterpret_cast<const std::uint16_t*>(unit + 512 + column % 64 / 32 * 32 + 2 * row));
         const std::uint32_t bytes = word_at(unit + column % 64 / 8 * 64 + 4 * row);
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
-            out[b] = __fmul_rn(static_cast<float>(static_cast<int>(bytes >> 8 * b & 15u) - 8), scale);
-            out[4 + b] = __fmul_rn(static_cast<float>(static_cast<int>(bytes >> (8 * b + 4) & 15u) - 8), scale);
+            out[b] = __fmul_rn(static_cast<int>(bytes >> 8 * b & 15u) - 8, scale);
+            out[4 + b] = __fmul_rn(static_cast<int>(bytes >> (8 * b + 4) & 15u) - 8, scale);
         }
     }
 };
@@ -503,8 +512,8 @@ struct Panels {
     Panels() = default;
     explicit Panels(const Matrix& m)
         : data(m.data), stride(m.panel_stride), rows(m.rows), units(m.units()), segments(m.segments) {}
-    __host__ __device__ int panels() const { return (rows + 15) / 16; }
-    __device__ const std::byte* panel(int i) const { return data + static_cast<std::size_t>(i) * stride; }
+    __host__ __device__ int panels() const { return div_up(rows, 16); }
+    __device__ const std::byte* panel(int i) const { return data + i * stride; }
 };
 
 // A row of a batch, in the table in device memory from which kernels read everything that changes from step to step.
@@ -520,43 +529,26 @@ struct RowEntry {
 struct CacheShape {
     Format format;
     int layers, kv_heads, head_dim;
-    __host__ __device__ std::size_t elements(int capacity) const {
-        return static_cast<std::size_t>(layers) * static_cast<std::size_t>(kv_heads) * static_cast<std::size_t>(capacity) *
-               static_cast<std::size_t>(head_dim);
-    }
+    __host__ __device__ std::size_t elements(int capacity) const { return element(capacity, layers, 0, 0); }
     __host__ __device__ std::size_t element(int capacity, int layer, int head, int position) const {
-        const std::size_t row = static_cast<std::size_t>(layer * kv_heads + head) * static_cast<std::size_t>(capacity);
-        return (row + static_cast<std::size_t>(position)) * static_cast<std::size_t>(head_dim);
+        return (static_cast<std::size_t>(layer * kv_heads + head) * capacity + position) * head_dim;
     }
-    __host__ __device__ std::size_t element_bytes() const { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
+    __host__ __device__ std::size_t element_bytes() const { return format == Format::bf16 ? 2 : 1; }
     __host__ __device__ std::size_t bytes(int capacity) const {
         return 2 * elements(capacity) * element_bytes() + (format == Format::q8 ? elements(capacity) / 8 : 0);
     }
 };
 
-// Keys (or values) of one sequence, as a kernel reads them: 8 channels from element `at` on.
+// Keys (or values) of one sequence.
 struct CacheView {
-    const std::byte* data;
-    const std::byte* scales;
+    std::byte *data, *scales;
     __device__ CacheView(const CacheShape& shape, const RowEntry& row, bool values) {
         const std::size_t elements = shape.elements(row.capacity);
         data = row.cache + (values ? elements * shape.element_bytes() : 0);
         scales = row.cache + 2 * elements + (values ? elements / 16 : 0);
     }
 };
-struct CacheF32 {
-    struct Loaded {
-        float4 a, b;
-    };
-    __device__ static Loaded load(const CacheView& view, std::size_t at) {
-        return {load16<float4>(view.data + 4 * at), load16<float4>(view.data + 4 * at + 16)};
-    }
-    __device__ static void unpack(float (&out)[8], const Loaded& l) {
-        out[0] = l.a.x, out[1] = l.a.y, out[2] = l.a.z, out[3] = l.a.w;
-        out[4] = l.b.x, out[5] = l.b.y, out[6] = l.b.z, out[7] = l.b.w;
-    }
-    __device__ static Loaded zero() { return {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)}; }
-};
+// As a kernel reads them: 8 channels from element `at` on.
 struct CacheBf16 {
     using Loaded = uint4;
     __device__ static Loaded load(const CacheView& view, std::size_t at) { return load16<uint4>(view.data + 2 * at); }
@@ -565,7 +557,6 @@ struct CacheBf16 {
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[2 * i] = from_bf16(words[i]), out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
-    __device__ static Loaded zero() { return make_uint4(0, 0, 0, 0); }
 };
 struct CacheQ8 {
     struct Loaded {
@@ -579,34 +570,23 @@ struct CacheQ8 {
         const float scale = from_fp16(l.scale);
         const std::uint32_t words[2] = {l.bytes.x, l.bytes.y};
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            out[i] = __fmul_rn(static_cast<float>(static_cast<std::int8_t>(words[i / 4] >> 8 * (i % 4) & 0xffu)), scale);
+        for (int i = 0; i < 8; ++i) out[i] = __fmul_rn(static_cast<std::int8_t>(words[i / 4] >> 8 * (i % 4) & 0xffu), scale);
     }
-    __device__ static Loaded zero() { return {make_uint2(0, 0), 0}; }
 };
 
 // Stores 32 channels of a key or value, one per lane of a whole warp. q8: the rule of llama3.hpp, §8 (quantise_channels).
-__device__ inline void store_channels(const CacheShape& shape, const RowEntry& row, bool values, std::size_t at, float x,
-                                      int lane) {
-    const std::size_t elements = shape.elements(row.capacity);
-    std::byte* data = row.cache + (values ? elements * shape.element_bytes() : 0);
-    if (shape.format == Format::f32) {
-        reinterpret_cast<float*>(data)[at] = x;
-    } else if (shape.format == Format::bf16) {
-        reinterpret_cast<std::uint16_t*>(data)[at] = to_bf16(x);
-    } else {
-        std::uint32_t largest = __float_as_uint(x) & 0x7fffffffu;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-        const bool finite = largest < 0x7f800000u;
-        const float scale = finite ? __uint_as_float(largest) / 127 : 0.0f, inverse = scale > 1e-35f ? 1 / scale : 0.0f;
-        const float rounded =
-            fminf(fmaxf(__fadd_rn(__fmul_rn(finite ? x : 0.0f, inverse), x < 0 ? -0.5f : 0.5f), -127.0f), 127.0f);
-        reinterpret_cast<std::int8_t*>(data)[at] = static_cast<std::int8_t>(static_cast<int>(rounded));
-        std::byte* scales = row.cache + 2 * elements + (values ? elements / 16 : 0);
-        if (lane == 0)
-            reinterpret_cast<std::uint16_t*>(scales)[at / 32] = finite ? __half_as_ushort(__float2half_rn(scale)) : 0x7e00;
+__device__ inline void store_channels(Format format, const CacheView& to, std::size_t at, float x, int lane) {
+    if (format == Format::bf16) {
+        reinterpret_cast<std::uint16_t*>(to.data)[at] = to_bf16(x);
+        return;
     }
+    const std::uint32_t largest = over_lanes(__float_as_uint(x) & 0x7fffffffu, Max());
+    const bool finite = largest < 0x7f800000u;
+    const float scale = finite ? __uint_as_float(largest) / 127 : 0.0f, inverse = scale > 1e-35f ? 1 / scale : 0.0f;
+    const float rounded = fminf(fmaxf(__fadd_rn(__fmul_rn(finite ? x : 0.0f, inverse), x < 0 ? -0.5f : 0.5f), -127.0f), 127.0f);
+    reinterpret_cast<std::int8_t*>(to.data)[at] = static_cast<std::int8_t>(rounded);
+    if (lane == 0)
+        reinterpret_cast<std::uint16_t*>(to.scales)[at / 32] = finite ? __half_as_ushort(__float2half_rn(scale)) : 0x7e00;
 }
 
 // Calls f(F32Weights{}), ...: the places where a format's id becomes its struct.
@@ -621,11 +601,8 @@ void with_format(Format format, const F& f) {
 }
 template <class F>
 void with_cache(Format format, const F& f) {
-    switch (format) {
-        case Format::f32: return f(CacheF32{});
-        case Format::bf16: return f(CacheBf16{});
-        default: return f(CacheQ8{});
-    }
+    if (format == Format::bf16) f(CacheBf16{});
+    else f(CacheQ8{});
 }
 template <int value>
 using Constant = std::integral_constant<int, value>;
@@ -637,20 +614,8 @@ void with_head_dim(int head_dim, const F& f) {
 
 // ═══ K4  Warps and blocks ══════════════════════════════════════════════════════════════════════════════════════════════════════
 //
-// Sums are trees over lanes and then over warps: the same order in every run. Every thread of the warp or block takes part.
+// Sums are trees over lanes and then over warps: the same order in every run. Every thread of the block takes part.
 
-constexpr unsigned all_lanes = 0xffffffffu;
-
-__device__ __forceinline__ float sum_warp(float x) {
-#pragma unroll
-    for (int step = 16; step >= 1; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, step));
-    return x;
-}
-__device__ __forceinline__ float max_warp(float x) {
-#pragma unroll
-    for (int step = 16; step >= 1; step /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, step));
-    return x;
-}
 // values[0] + values[stride] + ... of n values, a power of two, as the tree ((0 + 1) + (2 + 3)) + ...
 template <int n>
 __device__ __forceinline__ float sum_tree(Shared<float> values, int stride) {
@@ -660,7 +625,7 @@ __device__ __forceinline__ float sum_tree(Shared<float> values, int stride) {
 // The sum over a block of `warps` warps, a power of two; scratch [warps].
 template <int warps>
 __device__ float sum_block(float x, Shared<float> scratch) {
-    x = sum_warp(x);
+    x = over_lanes(x, Sum());
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
     __syncthreads();
     const float sum = sum_tree<warps>(scratch, 1);
@@ -689,16 +654,15 @@ struct Input {
     const float* norm;  // weights of an RMSNorm [width]; nullptr: taken as they are
     float eps;
     const int* rows;  // input i is row rows[i]; nullptr: row i
-    __device__ const float* row(int i) const { return x + static_cast<std::size_t>(rows ? rows[i] : i) * stride; }
+    __device__ const float* row(int i) const { return x + (rows ? rows[i] : i) * stride; }
 };
 
 // 1 / sqrt(mean(x²) + ε), by a block of `warps` warps
 template <int warps>
 __device__ float inverse_norm(const float* x, int width, float eps, Shared<float> scratch) {
     float squares = 0;
-    for (int k = 4 * static_cast<int>(threadIdx.x); k < width; k += 4 * 32 * warps)
-        squares = sum_of_squares(squares, load_columns(x, k, width));
-    return 1 / sqrtf(sum_block<warps>(squares, scratch) / static_cast<float>(width) + eps);
+    for (int k = 4 * threadIdx.x; k < width; k += 4 * 32 * warps) squares = sum_of_squares(squares, load_columns(x, k, width));
+    return 1 / sqrtf(sum_block<warps>(squares, scratch) / width + eps);
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
@@ -709,27 +673,22 @@ __device__ __forceinline__ float silu(float x) { return x / (1 + expf(-x)); }
 template <class W>
 __global__ void embed_rows(Panels table, const RowEntry* rows, float* x, std::size_t stride, int width,
                            const float* frequencies, float* turns, int head_dim) {
-    const int t = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    const int t = blockIdx.x, thread = threadIdx.x;
     const RowEntry row = rows[t];
     const std::byte* panel = table.panel(row.token / 16);
-    for (int k = 8 * thread; k < width; k += 8 * static_cast<int>(blockDim.x)) {
+    for (int k = 8 * thread; k < width; k += 8 * blockDim.x) {
         float values[8];
         W::decode8(values, panel, row.token % 16, k, table.units);
-        float* to = x + static_cast<std::size_t>(t) * stride + k;
+        float* to = x + t * stride + k;
         for (int i = 0; i < 8; ++i)
             if (k + i < width) to[i] = values[i];
     }
-    for (int i = thread; i < head_dim / 2; i += static_cast<int>(blockDim.x)) {
+    for (int i = thread; i < head_dim / 2; i += blockDim.x) {
         float sine, cosine;
-        sincosf(__fmul_rn(static_cast<float>(row.position), frequencies[i]), &sine, &cosine);
-        float* to = turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(head_dim) + 2 * i;
+        sincosf(__fmul_rn(row.position, frequencies[i]), &sine, &cosine);
+        float* to = turns + t * head_dim + 2 * i;
         to[0] = cosine, to[1] = sine;
     }
-}
-
-// Rotates one element of a RoPE pair; `other` is its partner.
-__device__ __forceinline__ float rotate(float x, float other, bool second, float cosine, float sine) {
-    return second ? fmaf(other, sine, __fmul_rn(x, cosine)) : fmaf(x, cosine, -__fmul_rn(other, sine));
 }
 
 // ═══ K6  Matrix x vector ═══════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -760,40 +719,26 @@ __device__ __forceinline__ float sum_rows(const float (&sum)[4], int lane) {
     return __fadd_rn(c, __shfl_xor_sync(all_lanes, c, 4));
 }
 
-// Sums of an item in shared memory: [panel of the item][column][16 rows].
-template <int columns>
-struct Totals {
-    Shared<float> values;
-    __device__ float operator()(int panel, int column, int row) const { return values[(panel * columns + column) * 16 + row]; }
-};
-
 template <class W, int columns>
 constexpr int matvec_blocks_per_sm =  // two hide each other's barriers; more columns need the registers
     columns == 1 || (columns == 2 && !std::is_base_of_v<QuantisedActivations, W>) ? 2 : 1;
 
 template <class W, int columns>
 std::size_t matvec_shared_bytes(int units) {
-    return sizeof(float) * (static_cast<std::size_t>(columns) * static_cast<std::size_t>(W::words(units)) +
-                            static_cast<std::size_t>(2 * matvec_warps * 16 * columns));
+    return sizeof(float) * columns * (W::words(units) + 2 * matvec_warps * 16);
 }
 
-template <class Epilogue>
-__device__ __forceinline__ int panels_of(const Epilogue& epilogue) {
-    if constexpr (Epilogue::panels > 0) return Epilogue::panels;
-    else return epilogue.panels_per_item();
-}
-
-// Epilogue: what an item is (panels: of how many; 0: it says so at run time), and what becomes of its sums.
+// Epilogue: what an item is, of how many panels, and what becomes of its sums.
 //                                                                       n <= columns rows are used, input row first + c each
 template <class W, int columns, class Epilogue>
 __global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, columns>)
     matvec(Input input, Epilogue epilogue, int first, int n) {
-    const int panels = panels_of(epilogue), slices = matvec_warps / panels;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int panels = epilogue.panels, slices = matvec_warps / panels;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int units = epilogue.units(), words = W::words(units);
     const Shared<std::uint32_t> x = shared_memory<std::uint32_t>();
     const Shared<float> partial = shared_cast<float>(x + columns * words);  // [panels][slices][columns][16]
-    const Shared<float> total = partial + matvec_warps * columns * 16;
+    const Shared<float> total = partial + matvec_warps * columns * 16;      // [panels][columns][16]
 
     for (int c = 0; c < columns; ++c) {
         const float* row = input.row(first + (c < n ? c : 0));
@@ -807,7 +752,7 @@ __global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, column
     }
     __syncthreads();
 
-    for (int item = static_cast<int>(blockIdx.x); item < epilogue.items(); item += static_cast<int>(gridDim.x)) {
+    for (int item = blockIdx.x; item < epilogue.items(); item += gridDim.x) {
         float sum[columns][4] = {};
         const int slice = warp % slices;
         const std::byte* panel = epilogue.panel(item, warp / slices);
@@ -840,41 +785,35 @@ __global__ void __launch_bounds__(matvec_threads, matvec_blocks_per_sm<W, column
                                      : sum_tree<2>(parts, columns * 16);
         }
         __syncthreads();
-        epilogue.finish(item, Totals<columns>{total}, first, n);
+        epilogue.finish(
+            item, [&](int panel, int column, int row) { return total[(panel * columns + column) * 16 + row]; }, first, n);
     }
 }
 
-// out = W h                                                              `panels_` panels per item
-template <int panels_>
-struct StoreRows {
-    static constexpr int panels = panels_;
+// W h, some panels of W per item
+struct OneMatrix {
     Panels w;
-    float* out;
-    std::size_t stride;
-    __host__ __device__ int items() const { return (w.panels() + panels - 1) / panels; }
+    int panels;
+    __host__ __device__ int items() const { return div_up(w.panels(), panels); }
     __host__ __device__ int units() const { return w.units; }
     __device__ int segments() const { return w.segments; }
     __device__ const std::byte* panel(int item, int part) const {
         return item * panels + part < w.panels() ? w.panel(item * panels + part) : nullptr;
     }
-    template <class T>
-    __device__ void finish(int item, const T& total, int first, int n) const {
-        for (int i = static_cast<int>(threadIdx.x); i < panels * 16 * n; i += matvec_threads) {
-            const int c = i / (panels * 16), part = i / 16 % panels, row = (item * panels + part) * 16 + i % 16;
-            if (row < w.rows)
-                out[static_cast<std::size_t>(first + c) * stride + static_cast<std::size_t>(row)] = total(part, c, i % 16);
-        }
-    }
 };
 
-// x += W h: each element has one owner
-struct AddRows : StoreRows<1> {
+// out = W h, or out += W h: each element has one owner
+struct PutRows : OneMatrix {
+    float* out;
+    std::size_t stride;
+    bool add;
     template <class T>
     __device__ void finish(int item, const T& total, int first, int n) const {
-        for (int i = static_cast<int>(threadIdx.x); i < 16 * n; i += matvec_threads) {
-            const int row = item * 16 + i % 16;
-            float* x = out + static_cast<std::size_t>(first + i / 16) * stride + row;
-            if (row < w.rows) *x = __fadd_rn(*x, total(0, i / 16, i % 16));
+        for (int i = threadIdx.x; i < panels * 16 * n; i += matvec_threads) {
+            const int c = i / (panels * 16), part = i / 16 % panels, row = (item * panels + part) * 16 + i % 16;
+            if (row >= w.rows) continue;
+            float& to = out[(first + c) * stride + row];
+            to = add ? __fadd_rn(to, total(part, c, i % 16)) : total(part, c, i % 16);
         }
     }
 };
@@ -891,26 +830,46 @@ struct GateUp {
     __device__ const std::byte* panel(int item, int part) const { return part == 0 ? gate.panel(item) : up.panel(item); }
     template <class T>
     __device__ void finish(int item, const T& total, int first, int n) const {
-        for (int i = static_cast<int>(threadIdx.x); i < 16 * n; i += matvec_threads) {
+        for (int i = threadIdx.x; i < 16 * n; i += matvec_threads) {
             const int c = i / 16, row = item * 16 + i % 16;
-            if (row < gate.rows)
-                hidden[static_cast<std::size_t>(first + c) * stride + static_cast<std::size_t>(row)] =
-                    __fmul_rn(silu(total(0, c, i % 16)), total(1, c, i % 16));
+            if (row < gate.rows) hidden[(first + c) * stride + row] = __fmul_rn(silu(total(0, c, i % 16)), total(1, c, i % 16));
         }
     }
 };
 
-// query = RoPE(W_q h), and RoPE(W_k h) and W_v h go to the cache. An item is 32 rows, the channels that share a scale in a q8 cache;
-// a warp finishes one column, lane = row. Heads of 64 and 128 channels never end within an item.
-struct ProjectQkv {
-    static constexpr int panels = 2;
-    Panels query, key, value;
-    float* out;  // [T, H*E]
+// Where RoPE(W_q h), RoPE(W_k h) and W_v h of a batch's rows go: to memory, and to the cache.
+struct QkvOut {
+    float* query;  // [T, H*E]
     std::size_t stride;
     const RowEntry* rows;
     const float* turns;
     CacheShape cache;
-    int layer;
+    int layer, queries, keys;  // H*E, K*E
+    // A whole warp stores 32 channels: channel i of query, key and value, one after the other; `other` is RoPE's partner of x.
+    __device__ void put(int t, int i, float x, float other, int lane) const {
+        const int channel = i % cache.head_dim;
+        if (i < queries + keys) {
+            const float* turn = turns + t * cache.head_dim + (channel & ~1);
+            x = lane & 1 ? fmaf(other, turn[1], __fmul_rn(x, turn[0])) : fmaf(x, turn[0], -__fmul_rn(other, turn[1]));
+        }
+        if (i < queries) {
+            query[t * stride + i] = x;
+        } else {
+            const bool value = i >= queries + keys;
+            const RowEntry row = rows[t];
+            const int head = (i - queries - (value ? keys : 0)) / cache.head_dim;
+            const std::size_t at = cache.element(row.capacity, layer, head, row.position) + channel;
+            store_channels(cache.format, CacheView(cache, row, value), at, x, lane);
+        }
+    }
+};
+
+// An item is 32 rows, the channels that share a scale in a q8 cache; a warp finishes one column, lane = row. Heads of 64 and 128
+// channels never end within an item.
+struct ProjectQkv {
+    static constexpr int panels = 2;
+    Panels query, key, value;
+    QkvOut out;
     __host__ __device__ int items() const { return (query.rows + key.rows + value.rows) / 32; }
     __host__ __device__ int units() const { return query.units; }
     __device__ int segments() const { return 1; }
@@ -920,24 +879,8 @@ struct ProjectQkv {
     }
     template <class T>
     __device__ void finish(int item, const T& total, int first, int n) const {
-        const int c = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-        if (c >= n) return;
-        const int row = item * 32 + lane, t = first + c, channel = row % cache.head_dim;
-        float x = total(lane / 16, c, lane % 16);
-        if (row < query.rows + key.rows) {
-            const float* turn = turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(cache.head_dim) + (channel & ~1);
-            x = rotate(x, total(lane / 16, c, (lane % 16) ^ 1), lane & 1, turn[0], turn[1]);
-        }
-        if (row < query.rows) {
-            out[static_cast<std::size_t>(t) * stride + static_cast<std::size_t>(row)] = x;
-        } else {
-            const bool values = row >= query.rows + key.rows;
-            const int head = (row - query.rows - (values ? key.rows : 0)) / cache.head_dim;
-            const RowEntry entry = rows[t];
-            const std::size_t at =
-                cache.element(entry.capacity, layer, head, entry.position) + static_cast<std::size_t>(channel);
-            store_channels(cache, entry, values, at, x, lane);
-        }
+        const int c = threadIdx.x / 32, lane = threadIdx.x % 32, panel = lane / 16, row = lane % 16;
+        if (c < n) out.put(first + c, item * 32 + lane, total(panel, c, row), total(panel, c, row ^ 1), lane);
     }
 };
 
@@ -949,19 +892,22 @@ struct ProjectQkv {
 
 constexpr int attend_warps = 8, attend_threads = 32 * attend_warps;
 
+// Partial results of segments, in memory for contexts of `splits` of them.
+struct SplitBuffers {
+    int splits = 0;
+    float* partial = nullptr;     // [rows, groups, splits, heads, E]: values weighted by e^(score - largest)
+    float* statistics = nullptr;  // [rows, groups, splits, heads, 2]: largest score, sum of the weights
+};
 struct Attend {
     const float* query;  // [T, H*E]
-    std::size_t query_stride;
-    float* mixed;  // [T, H*E]
-    std::size_t mixed_stride;
+    float* mixed;        // [T, H*E]
+    std::size_t stride;  // of both
     const RowEntry* rows;
     CacheShape cache;
     int layer;
-    int shared;         // G: query heads per key/value head
-    int first;          // row of blockIdx.z = 0
-    int splits;         // segments that the buffers have room for
-    float* partial;     // [rows, groups, splits, heads, E]: values weighted by e^(score - largest)
-    float* statistics;  // [rows, groups, splits, heads, 2]: largest score, sum of the weights
+    int shared;        // G: query heads per key/value head
+    int first, count;  // rows
+    SplitBuffers split;
     unsigned* tickets;  // [rows, groups]: blocks that are done; zero between launches
 };
 
@@ -969,14 +915,32 @@ struct Attend {
 template <int head_dim, int heads>
 constexpr std::size_t attend_shared_bytes = sizeof(float) * (heads * attend_warps * head_dim + 2 * heads + 1);
 
+// f(j, 8 channels of position j) for a lane's positions: own, own + stride, ...; beyond `count` zeros, so that lanes stay together.
+template <class C, int head_dim, class F>
+__device__ __forceinline__ void for_positions(const CacheView& view, std::size_t at, int own, int count, const F& f) {
+    constexpr int in_flight = 4, stride = attend_threads / (head_dim / 8);
+    for (int base = own; base - own < count; base += in_flight * stride) {
+        typename C::Loaded loaded[in_flight] = {};
+#pragma unroll
+        for (int i = 0; i < in_flight; ++i)
+            if (base + i * stride < count) loaded[i] = C::load(view, at + (base + i * stride) * head_dim);
+#pragma unroll
+        for (int i = 0; i < in_flight; ++i) {
+            float channels[8];
+            C::unpack(channels, loaded[i]);
+            f(base + i * stride, channels);
+        }
+    }
+}
+
 template <class C, int head_dim, int heads>
 __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
     static_assert(attend_warps * head_dim >= attention_segment && heads <= attend_warps);
-    constexpr int lanes = head_dim / 8, per_warp = 32 / lanes, stride = attend_warps * per_warp, in_flight = 4;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, part = lane % lanes;
-    const int groups = (a.shared + heads - 1) / heads, kv_head = static_cast<int>(blockIdx.x) / groups;
-    const int head0 = static_cast<int>(blockIdx.x) % groups * heads, n_heads = min(heads, a.shared - head0);
-    const int t = a.first + static_cast<int>(blockIdx.z), split = static_cast<int>(blockIdx.y);
+    constexpr int lanes = head_dim / 8, per_warp = 32 / lanes;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, part = lane % lanes;
+    const int groups = div_up(a.shared, heads), kv_head = blockIdx.x / groups;
+    const int head0 = blockIdx.x % groups * heads, n_heads = min(heads, a.shared - head0);
+    const int t = a.first + blockIdx.z, split = blockIdx.y;
     const RowEntry row = a.rows[t];
     const int n = row.position + 1, begin = split * attention_segment, count = min(attention_segment, n - begin);
     if (count <= 0) return;
@@ -984,8 +948,8 @@ __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
     const Shared<float> scores = shared_memory<float>();                        // [heads][512], then [warps][heads][E]
     const Shared<float> statistics = scores + heads * attend_warps * head_dim;  // [heads][2]
     const Shared<unsigned> is_last = shared_cast<unsigned>(statistics + 2 * heads);
-    const std::size_t at = a.cache.element(row.capacity, a.layer, kv_head, begin) + static_cast<std::size_t>(8 * part);
-    const int own = warp * per_warp + lane / lanes;  // this lane's positions are own, own + stride, ...
+    const std::size_t at = a.cache.element(row.capacity, a.layer, kv_head, begin) + 8 * part;
+    const int own = warp * per_warp + lane / lanes;
     const int first_head = kv_head * a.shared + head0;
 
     {  // scores[h][j] = query[h] · key[j] / √E
@@ -993,103 +957,73 @@ __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
         float query[heads][8];
 #pragma unroll
         for (int h = 0; h < heads; ++h) {
-            const float* from = a.query + static_cast<std::size_t>(t) * a.query_stride + (first_head + h) * head_dim + 8 * part;
-            const float4 zero = make_float4(0, 0, 0, 0);
-            const float4 q0 = h < n_heads ? load16<float4>(from) : zero, q1 = h < n_heads ? load16<float4>(from + 4) : zero;
-            query[h][0] = q0.x, query[h][1] = q0.y, query[h][2] = q0.z, query[h][3] = q0.w;
-            query[h][4] = q1.x, query[h][5] = q1.y, query[h][6] = q1.z, query[h][7] = q1.w;
+            const float* from = a.query + t * a.stride + (first_head + h) * head_dim + 8 * part;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) query[h][e] = h < n_heads ? from[e] : 0;
         }
-        const float scale = 1 / sqrtf(static_cast<float>(head_dim));
-        for (int base = 0; base < count; base += in_flight * stride) {
-            typename C::Loaded loaded[in_flight];
+        const float scale = 1 / sqrtf(head_dim);
+        for_positions<C, head_dim>(keys, at, own, count, [&](int j, const float(&key)[8]) {
 #pragma unroll
-            for (int i = 0; i < in_flight; ++i) {
-                const int j = base + i * stride + own;
-                loaded[i] = j < count ? C::load(keys, at + static_cast<std::size_t>(j) * head_dim) : C::zero();
+            for (int h = 0; h < heads; ++h) {
+                float dot = 0;
+#pragma unroll
+                for (int e = 0; e < 8; ++e) dot = fmaf(query[h][e], key[e], dot);
+                dot = over_lanes<lanes / 2>(dot, Sum());
+                if (part == h && j < count) scores[h * attention_segment + j] = __fmul_rn(dot, scale);
             }
-#pragma unroll
-            for (int i = 0; i < in_flight; ++i) {
-                const int j = base + i * stride + own;
-                float key[8];
-                C::unpack(key, loaded[i]);
-#pragma unroll
-                for (int h = 0; h < heads; ++h) {
-                    float dot = 0;
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) dot = fmaf(query[h][e], key[e], dot);
-#pragma unroll
-                    for (int step = lanes / 2; step >= 1; step /= 2)
-                        dot = __fadd_rn(dot, __shfl_xor_sync(all_lanes, dot, step));
-                    if (part == h && j < count) scores[h * attention_segment + j] = __fmul_rn(dot, scale);
-                }
-            }
-        }
+        });
     }
     __syncthreads();
     if (warp < heads) {  // softmax of a head, but for the division
         const Shared<float> own_scores = scores + warp * attention_segment;
         float largest = -INFINITY, sum = 0;
         for (int j = lane; j < count; j += 32) largest = fmaxf(largest, own_scores[j]);
-        largest = max_warp(largest);
+        largest = over_lanes(largest, Max());
         for (int j = lane; j < count; j += 32) {
             const float p = expf(own_scores[j] - largest);
             own_scores[j] = p;
             sum = __fadd_rn(sum, p);
         }
-        sum = sum_warp(sum);
+        sum = over_lanes(sum, Sum());
         if (lane == 0) statistics[2 * warp] = largest, statistics[2 * warp + 1] = sum;
     }
     __syncthreads();
     {  // values weighted by the scores
         const CacheView values(a.cache, row, true);
         float mix[heads][8] = {};
-        for (int base = 0; base < count; base += in_flight * stride) {
-            typename C::Loaded loaded[in_flight];
+        for_positions<C, head_dim>(values, at, own, count, [&](int j, const float(&value)[8]) {
+            if (j >= count) return;
 #pragma unroll
-            for (int i = 0; i < in_flight; ++i) {
-                const int j = base + i * stride + own;
-                loaded[i] = j < count ? C::load(values, at + static_cast<std::size_t>(j) * head_dim) : C::zero();
+            for (int h = 0; h < heads; ++h) {
+                const float p = scores[h * attention_segment + j];
+#pragma unroll
+                for (int e = 0; e < 8; ++e) mix[h][e] = fmaf(p, value[e], mix[h][e]);
             }
-#pragma unroll
-            for (int i = 0; i < in_flight; ++i) {
-                const int j = base + i * stride + own;
-                if (j >= count) continue;
-                float value[8];
-                C::unpack(value, loaded[i]);
-#pragma unroll
-                for (int h = 0; h < heads; ++h) {
-                    const float p = scores[h * attention_segment + j];
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) mix[h][e] = fmaf(p, value[e], mix[h][e]);
-                }
-            }
-        }
+        });
         __syncthreads();  // the scores are done with
 #pragma unroll
         for (int h = 0; h < heads; ++h)
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                float x = mix[h][e];
-#pragma unroll
-                for (int step = 16; step >= lanes; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(all_lanes, x, step));
+                const float x = over_lanes<16, lanes>(mix[h][e], Sum());
                 if (lane < lanes) scores[(warp * heads + h) * head_dim + 8 * part + e] = x;
             }
     }
     __syncthreads();
 
-    const int segments = (n + attention_segment - 1) / attention_segment;
-    const std::size_t group = static_cast<std::size_t>(blockIdx.z * gridDim.x + blockIdx.x);
-    const std::size_t first_partial = group * static_cast<std::size_t>(a.splits) * heads;
+    const int segments = div_up(n, attention_segment);
+    const std::size_t group = blockIdx.z * gridDim.x + blockIdx.x;
+    const std::size_t first_partial = group * a.split.splits * heads;
     for (int i = thread; i < n_heads * head_dim; i += attend_threads) {
         const int h = i / head_dim;
         float x = scores[i];
         for (int w = 1; w < attend_warps; ++w) x = __fadd_rn(x, scores[w * heads * head_dim + i]);
         if (segments == 1) {
-            a.mixed[static_cast<std::size_t>(t) * a.mixed_stride + first_head * head_dim + i] = x / statistics[2 * h + 1];
+            a.mixed[t * a.stride + first_head * head_dim + i] = x / statistics[2 * h + 1];
         } else {
-            const std::size_t index = first_partial + static_cast<std::size_t>(split * heads + h);
-            a.partial[index * head_dim + i % head_dim] = x;
-            if (i % head_dim < 2) a.statistics[2 * index + i % head_dim] = statistics[2 * h + i % head_dim];
+            const std::size_t index = first_partial + split * heads + h;
+            a.split.partial[index * head_dim + i % head_dim] = x;
+            if (i % head_dim < 2) a.split.statistics[2 * index + i % head_dim] = statistics[2 * h + i % head_dim];
         }
     }
     if (segments == 1) return;
@@ -1107,14 +1041,14 @@ __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
     for (int i = thread; i < n_heads * head_dim; i += attend_threads) {
         float largest = -INFINITY, sum = 0, mix = 0;
         for (int s = 0; s < segments; ++s) {
-            const std::size_t index = first_partial + static_cast<std::size_t>(s * heads + i / head_dim);
-            const float segment_largest = load_fresh(a.statistics + 2 * index), both = fmaxf(largest, segment_largest);
+            const std::size_t index = first_partial + s * heads + i / head_dim;
+            const float segment_largest = load_fresh(a.split.statistics + 2 * index), both = fmaxf(largest, segment_largest);
             const float old_share = expf(largest - both), new_share = expf(segment_largest - both);
-            sum = fmaf(load_fresh(a.statistics + 2 * index + 1), new_share, __fmul_rn(sum, old_share));
-            mix = fmaf(load_fresh(a.partial + index * head_dim + i % head_dim), new_share, __fmul_rn(mix, old_share));
+            sum = fmaf(load_fresh(a.split.statistics + 2 * index + 1), new_share, __fmul_rn(sum, old_share));
+            mix = fmaf(load_fresh(a.split.partial + index * head_dim + i % head_dim), new_share, __fmul_rn(mix, old_share));
             largest = both;
         }
-        a.mixed[static_cast<std::size_t>(t) * a.mixed_stride + first_head * head_dim + i] = mix / sum;
+        a.mixed[t * a.stride + first_head * head_dim + i] = mix / sum;
     }
 }
 
@@ -1128,84 +1062,50 @@ __global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
 template <class W>
 __global__ void unpack_rows(Panels w, std::uint16_t* out, int first, int rows, int columns) {
     // 8 neighbours write 128 bytes of a row; 16 rows of 64 columns are one or a few whole units
-    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int tiles = (columns + 63) / 64, tile = static_cast<int>(index / 128);
-    const int row = tile / tiles * 16 + static_cast<int>(index / 8 % 16),
-              column = tile % tiles * 64 + static_cast<int>(index % 8) * 8;
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x, tiles = div_up(columns, 64), tile = index / 128;
+    const int row = tile / tiles * 16 + index / 8 % 16, column = tile % tiles * 64 + index % 8 * 8;
     if (row >= rows || column >= columns) return;
     float values[8];
     W::decode8(values, w.panel((first + row) / 16), (first + row) % 16, column, w.units);
-    store16(out + static_cast<std::size_t>(row) * static_cast<std::size_t>(columns) + column,
-            make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-                       pack_bf16(values[6], values[7])));
+    store16(out + static_cast<std::size_t>(row) * columns + column, pack_bf16(values));
 }
 
 // Rows of activations as bf16, normalised if there is a norm, filled up with zeros to `columns`.          One block per row
 constexpr int row_warps = 8, row_threads = 32 * row_warps;
 static __global__ void __launch_bounds__(row_threads) pack_rows(Input input, std::uint16_t* out, int columns) {
     const Shared<float> scratch = shared_memory<float>();  // [row_warps]
-    const int t = static_cast<int>(blockIdx.x);
+    const int t = blockIdx.x;
     const float* row = input.row(t);
     const float inverse = input.norm ? inverse_norm<row_warps>(row, input.width, input.eps, scratch) : 1.0f;
-    for (int k = 4 * static_cast<int>(threadIdx.x); k < columns; k += 4 * row_threads) {
+    for (int k = 4 * threadIdx.x; k < columns; k += 4 * row_threads) {
         float4 v = load_columns(row, k, input.width);
         if (input.norm) v = scaled(v, inverse, load_columns(input.norm, k, input.width));
-        std::uint32_t* to =
-            reinterpret_cast<std::uint32_t*>(out + static_cast<std::size_t>(t) * static_cast<std::size_t>(columns) + k);
+        std::uint32_t* to = reinterpret_cast<std::uint32_t*>(out + static_cast<std::size_t>(t) * columns + k);
         to[0] = pack_bf16(v.x, v.y), to[1] = pack_bf16(v.z, v.w);
     }
 }
 
-// Rotates the queries in place and stores keys and values.             One warp per row and 32 channels of query, key or value
-struct Rotate {
-    float *query, *key, *value;  // [T, H*E], [T, K*E] twice
-    std::size_t query_stride, key_stride;
-    const RowEntry* rows;
-    const float* turns;
-    CacheShape cache;
-    int layer, n_heads;
-};
-static __global__ void __launch_bounds__(row_threads) rotate_rows(Rotate a) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, t = static_cast<int>(blockIdx.x), head_dim = a.cache.head_dim;
-    const int queries = a.n_heads * head_dim, keys = a.cache.kv_heads * head_dim;
-    int i = (static_cast<int>(blockIdx.y) * row_warps + static_cast<int>(threadIdx.x) / 32) * 32 + lane;
-    if (i >= queries + 2 * keys) return;  // a whole warp: all three widths are multiples of 32
-    const float* turn = a.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(head_dim) + (i % head_dim & ~1);
-    if (i < queries) {
-        float* at = a.query + static_cast<std::size_t>(t) * a.query_stride + i;
-        const float x = *at, other = __shfl_xor_sync(all_lanes, x, 1);
-        *at = rotate(x, other, lane & 1, turn[0], turn[1]);
-        return;
-    }
-    const bool values = i >= queries + keys;
-    i -= queries + (values ? keys : 0);
-    float x = (values ? a.value : a.key)[static_cast<std::size_t>(t) * a.key_stride + static_cast<std::size_t>(i)];
-    const float other = __shfl_xor_sync(all_lanes, x, 1);
-    if (!values) x = rotate(x, other, lane & 1, turn[0], turn[1]);
-    const RowEntry row = a.rows[t];
-    const std::size_t at =
-        a.cache.element(row.capacity, a.layer, i / head_dim, row.position) + static_cast<std::size_t>(i % head_dim);
-    store_channels(a.cache, row, values, at, x, lane);
+// Rotates the queries in place and stores keys and values, [T, K*E] each.            A warp per row and 32 channels of one of them
+static __global__ void __launch_bounds__(row_threads)
+    rotate_rows(QkvOut out, const float* key, const float* value, std::size_t stride) {
+    const int lane = threadIdx.x % 32, t = blockIdx.x, i = blockIdx.y * row_threads + threadIdx.x;
+    const int own_key = i - out.queries, own_value = own_key - out.keys;
+    if (own_value >= out.keys) return;  // a whole warp: all three widths are multiples of 32
+    const float x = own_key < 0     ? out.query[t * out.stride + i]
+                    : own_value < 0 ? key[t * stride + own_key]
+                                    : value[t * stride + own_value];
+    out.put(t, i, x, __shfl_xor_sync(all_lanes, x, 1), lane);
 }
 
 // hidden = SiLU(hidden) ⊙ up                                                                   grid: [columns / threads, T]
 static __global__ void __launch_bounds__(row_threads)
     gate_rows(float* hidden, const float* up, std::size_t stride, int columns) {
-    const int i = static_cast<int>(blockIdx.x) * row_threads + static_cast<int>(threadIdx.x);
-    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
+    const int i = blockIdx.x * row_threads + threadIdx.x;
+    const std::size_t at = blockIdx.y * stride + i;
     if (i < columns) hidden[at] = __fmul_rn(silu(hidden[at]), up[at]);
 }
 
-// Attention of `count` rows of one sequence with consecutive positions, from row `first` on.
-struct Flash {
-    const float* query;  // [T, H*E]
-    std::size_t query_stride;
-    float* mixed;  // [T, H*E]
-    std::size_t mixed_stride;
-    const RowEntry* rows;
-    CacheShape cache;
-    int layer, shared, first, count;
-};
+// Attention of rows of one sequence with consecutive positions.
 constexpr int flash_rows = 64, flash_positions = 64, flash_threads = 128;
 template <int head_dim>
 constexpr int flash_row_halves = head_dim + 8;  // 16 bytes more than a power of two: 8 rows of a matrix lie in different banks
@@ -1216,17 +1116,16 @@ constexpr std::size_t flash_shared_bytes = 2 * 2 * flash_positions* flash_row_ha
 template <class C, int head_dim>
 __device__ void stage_tile(Shared<std::uint16_t> to, const CacheView& view, std::size_t at, int begin, int n) {
     constexpr int pieces = head_dim / 8;  // of 8 channels
-    for (int i = static_cast<int>(threadIdx.x); i < flash_positions * pieces; i += flash_threads) {
+    for (int i = threadIdx.x; i < flash_positions * pieces; i += flash_threads) {
         const int j = i / pieces, channel = i % pieces * 8;
         const Shared<std::uint16_t> piece = to + (j * flash_row_halves<head_dim> + channel);
-        const std::size_t from = at + static_cast<std::size_t>(begin + j) * head_dim + static_cast<std::size_t>(channel);
+        const std::size_t from = at + (begin + j) * head_dim + channel;
         if (std::is_same_v<C, CacheBf16> && begin + j < n) {
             copy_async16(piece, view.data + 2 * from);
         } else {
             float values[8];
-            C::unpack(values, begin + j < n ? C::load(view, from) : C::zero());
-            shared_cast<uint4>(piece)[0] = make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
-                                                      pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
+            C::unpack(values, begin + j < n ? C::load(view, from) : typename C::Loaded{});
+            shared_cast<uint4>(piece)[0] = pack_bf16(values);
         }
     }
 }
@@ -1234,13 +1133,15 @@ __device__ void stage_tile(Shared<std::uint16_t> to, const CacheView& view, std:
 // A block has 64 rows of one head, a warp 16 of them; keys and values come 64 positions at a time, the next ones while these are
 // multiplied. A lane has rows g and g + 8 of its warp's tile, g = lane / 4, as mma deals them out.
 template <class C, int head_dim>
-__global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
+__global__ void __launch_bounds__(flash_threads) flash_attention(Attend a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    __trap();  // the host never launches it there
+#else
     constexpr int row_halves = flash_row_halves<head_dim>, tile_halves = flash_positions * row_halves;
     constexpr int key_steps = head_dim / 16, score_tiles = flash_positions / 8, value_tiles = head_dim / 8;
     const Shared<std::uint16_t> tiles = shared_memory<std::uint16_t>();  // [2 stages][keys, values][64][row_halves]
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4,
-              pair = lane % 4 * 2;
-    const int head = static_cast<int>(blockIdx.y), tile_row = static_cast<int>(blockIdx.x) * flash_rows;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, pair = lane % 4 * 2;
+    const int head = blockIdx.y, tile_row = blockIdx.x * flash_rows;
     const RowEntry first = a.rows[a.first];
     const CacheView keys(a.cache, first, false), values(a.cache, first, true);
     const std::size_t at = a.cache.element(first.capacity, a.layer, head / a.shared, 0);
@@ -1248,11 +1149,11 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
     const int rows[2] = {tile_row + warp * 16 + g, tile_row + warp * 16 + g + 8};
 
     // Queries as fragments a of mma, scaled so that the softmax is a power of 2: e^(s / √E) = 2^(s log2(e) / √E)
-    const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
+    const float scale = 1.44269504f / sqrtf(head_dim);
     std::uint32_t query[key_steps][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const float* from = a.query + static_cast<std::size_t>(a.first + rows[r]) * a.query_stride + head * head_dim + pair;
+        const float* from = a.query + (a.first + rows[r]) * a.stride + head * head_dim + pair;
 #pragma unroll
         for (int k = 0; k < key_steps; ++k)
 #pragma unroll
@@ -1263,7 +1164,7 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
     }
     float mixed[value_tiles][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
-    const int n_tiles = (n + flash_positions - 1) / flash_positions;
+    const int n_tiles = div_up(n, flash_positions);
     stage_tile<C, head_dim>(tiles, keys, at, 0, n);
     stage_tile<C, head_dim>(tiles + tile_halves, values, at, 0, n);
     copy_async_commit();
@@ -1303,10 +1204,9 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
                     if (j * 8 + pair + i > sees) s = -INFINITY;
                     tile_largest = fmaxf(tile_largest, s);
                 }
-            tile_largest = fmaxf(tile_largest, __shfl_xor_sync(all_lanes, tile_largest, 1));
-            tile_largest = fmaxf(tile_largest, __shfl_xor_sync(all_lanes, tile_largest, 2));
             const float both =
-                fmaxf(largest[r], tile_largest);  // finite: a tile's first position is seen, or an earlier tile was
+                fmaxf(largest[r],
+                      over_lanes<2>(tile_largest, Max()));  // finite: a tile's first position is seen, or an earlier tile was
             const float share = exp2f(largest[r] - both);
             float tile_sum = 0;
 #pragma unroll
@@ -1342,16 +1242,16 @@ __global__ void __launch_bounds__(flash_threads) flash_attention(Flash a) {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(all_lanes, sum[r], 1));
-        sum[r] = __fadd_rn(sum[r], __shfl_xor_sync(all_lanes, sum[r], 2));
+        sum[r] = over_lanes<2>(sum[r], Sum());
         if (rows[r] >= a.count) continue;
-        float* to = a.mixed + static_cast<std::size_t>(a.first + rows[r]) * a.mixed_stride + head * head_dim + pair;
+        float* to = a.mixed + (a.first + rows[r]) * a.stride + head * head_dim + pair;
 #pragma unroll
         for (int e = 0; e < value_tiles; ++e) {
             to[8 * e] = mixed[e][2 * r] / sum[r];
             to[8 * e + 1] = mixed[e][2 * r + 1] / sum[r];
         }
     }
+#endif
 }
 
 // ═══ K9  Sampling ══════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1386,16 +1286,28 @@ __device__ __forceinline__ float relative_probability(float logit, float best, f
 }
 __device__ __forceinline__ Mass mass_of(float probability) { return static_cast<Mass>(probability * 274877906944.0f); }
 
-// f(id, probability) for the ids first, first + step, ... below last; 8 loads are under way at a time.
+// The sum of x over this lane and those before it.
+__device__ __forceinline__ Mass running_sum(Mass x, int lane) {
+    for (int step = 1; step < 32; step *= 2) {
+        const Mass other = __shfl_up_sync(all_lanes, x, step);
+        if (lane >= step) x += other;
+    }
+    return x;
+}
+
+// f(id, logit) for the ids first + lane, first + lane + step, ... of a range, 8 loads at a time, on every thread as often: beyond
+// the range the logit is NaN, whose probability is 0.
 template <class F>
-__device__ __forceinline__ void for_probabilities(const Draw& d, float best, int first, int last, int step, const F& f) {
+__device__ __forceinline__ void for_logits(const Draw& d, int first, int last, int lane, int step, const F& f) {
     for (int base = first; base < last; base += 8 * step) {
         float logits[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) logits[i] = base + i * step < last ? d.logits[base + i * step] : 0;
+        for (int i = 0; i < 8; ++i) {
+            const int id = base + i * step + lane;
+            logits[i] = id < last ? d.logits[id] : __uint_as_float(0x7fffffffu);
+        }
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (base + i * step < last) f(base + i * step, relative_probability(logits[i], best, d.temperature));
+        for (int i = 0; i < 8; ++i) f(base + i * step + lane, logits[i]);
     }
 }
 
@@ -1405,7 +1317,7 @@ __device__ __forceinline__ void for_probabilities(const Draw& d, float best, int
 constexpr int sample_bins = 2048;
 __device__ inline void keep_best(Border& border, const Draw& d, float best, bool by_mass, Mass limit, Shared<Mass> bins,
                                  Shared<Mass> found) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int thread = threadIdx.x, lane = thread % 32;
     Mass passed = 0;
     unsigned prefix = 0;
     for (const int shift : {19, 9, 0}) {
@@ -1413,7 +1325,8 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
         const auto bin_of = [&](unsigned key) { return (key & ((1u << above) - 1)) >> shift; };
         for (int i = thread; i < sample_bins; i += sample_threads) bins[i] = 0;
         __syncthreads();
-        for_probabilities(d, best, thread, d.n, sample_threads, [&](int, float p) {
+        for_logits(d, 0, d.n, thread, sample_threads, [&](int, float logit) {
+            const float p = relative_probability(logit, best, d.temperature);
             const unsigned key = __float_as_uint(p);
             const bool candidate = key > border.key || (key == border.key && border.equals == no_limit);
             if (candidate && key >> above == prefix >> above) atomicAdd(bins + bin_of(key), by_mass ? mass_of(p) : Mass{1});
@@ -1425,12 +1338,7 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
         if (thread < 32) {  // lane 0 has the highest bins
             Mass own = 0;
             for (int b = 0; b < per_lane; ++b) own += bins[sample_bins - 1 - per_lane * lane - b];
-            Mass before = own;
-            for (int step = 1; step < 32; step *= 2) {
-                const Mass other = __shfl_up_sync(all_lanes, before, step);
-                if (lane >= step) before += other;
-            }
-            before += passed - own;
+            Mass before = passed + running_sum(own, lane) - own;
             const unsigned exceeded = __ballot_sync(all_lanes, before + own > limit);
             if (exceeded == 0 && lane == 0) found[0] = sample_bins;
             if (exceeded != 0 && lane == __ffs(static_cast<int>(exceeded)) - 1) {
@@ -1451,8 +1359,8 @@ __device__ inline void keep_best(Border& border, const Draw& d, float best, bool
 static __global__ void __launch_bounds__(sample_threads)
     draw_token(const float* logits, std::size_t stride, int n, DrawEntry* entry) {
     Draw d{*entry, nullptr, n};
-    d.logits = logits + static_cast<std::size_t>(d.row) * stride;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    d.logits = logits + d.row * stride;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const Shared<Mass> bins = shared_memory<Mass>();  // [sample_bins]
     const Shared<Mass> found = bins + sample_bins;    // [2]
     const Shared<Mass> above = found + 2;             // [warps] mass above the border
@@ -1460,20 +1368,12 @@ static __global__ void __launch_bounds__(sample_threads)
 
     // The best logit and its lowest id, as one number: floats in the order of integers, then the complement of the id
     Mass largest = 0;
-    for (int base = thread; base < d.n; base += 8 * sample_threads) {
-        float logits[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            logits[i] = base + i * sample_threads < d.n ? d.logits[base + i * sample_threads] : -INFINITY;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const float logit = logits[i] + 0.0f;  // -0 and 0 are equal
-            const unsigned bits = __float_as_uint(logit), order = bits >> 31 ? ~bits : bits | 0x80000000u;
-            if (logit == logit && base + i * sample_threads < d.n)
-                largest = max(largest, static_cast<Mass>(order) << 32 | ~static_cast<unsigned>(base + i * sample_threads));
-        }
-    }
-    for (int step = 16; step >= 1; step /= 2) largest = max(largest, __shfl_xor_sync(all_lanes, largest, step));
+    for_logits(d, 0, d.n, thread, sample_threads, [&](int id, float logit) {
+        const unsigned bits = __float_as_uint(logit + 0.0f);  // -0 and 0 are equal
+        const unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;
+        if (logit == logit) largest = max(largest, static_cast<Mass>(order) << 32 | ~static_cast<unsigned>(id));
+    });
+    largest = over_lanes(largest, Max());
     if (lane == 0) above[warp] = largest;
     __syncthreads();
     for (int w = 0; w < sample_warps; ++w) {
@@ -1491,31 +1391,27 @@ static __global__ void __launch_bounds__(sample_threads)
     if (d.top_k > 0) keep_best(border, d, best, false, static_cast<Mass>(d.top_k - 1), bins, found);
 
     // What lies above the border and at it, per warp. Each has a contiguous range of ids.
-    const int range = (d.n + sample_warps - 1) / sample_warps, first = min(d.n, warp * range), last = min(d.n, first + range);
-    const auto measure = [&](Mass& total) {  // mass of all candidates
+    const int range = div_up(d.n, sample_warps), first = min(d.n, warp * range), last = min(d.n, first + range);
+    const auto measure = [&] {  // mass of all candidates
         Mass own = 0, equals = 0;
-        for_probabilities(d, best, first + lane, last, 32, [&](int, float p) {
+        for_logits(d, first, last, lane, 32, [&](int, float logit) {
+            const float p = relative_probability(logit, best, d.temperature);
             if (__float_as_uint(p) > border.key) own += mass_of(p);
             equals += __float_as_uint(p) == border.key;
         });
-        for (int step = 16; step >= 1; step /= 2)
-            own += __shfl_xor_sync(all_lanes, own, step), equals += __shfl_xor_sync(all_lanes, equals, step);
+        own = over_lanes(own, Sum()), equals = over_lanes(equals, Sum());
         __syncthreads();
         if (lane == 0) above[warp] = own, equal[warp] = equals;
         __syncthreads();
-        Mass all_equal = 0;
-        total = 0;
+        Mass total = 0, all_equal = 0;
         for (int w = 0; w < sample_warps; ++w) total += above[w], all_equal += equal[w];
-        total += min(all_equal, border.equals) * mass_of(__uint_as_float(border.key));
+        return total + min(all_equal, border.equals) * mass_of(__uint_as_float(border.key));
     };
-    Mass total = 0;
-    if (d.top_p < 1) {
-        measure(total);
-        keep_best(border, d, best, true, static_cast<Mass>(static_cast<double>(d.top_p) * static_cast<double>(total)), bins,
+    if (d.top_p < 1)
+        keep_best(border, d, best, true, static_cast<Mass>(static_cast<double>(d.top_p) * static_cast<double>(measure())), bins,
                   found);
-    }
     if (const unsigned least = __float_as_uint(d.min_p); least > border.key) border = {least, no_limit};
-    measure(total);
+    const Mass total = measure();
 
     // The candidates in order of their ids: the one in whose share of the mass the point lies.
     const Mass point = min(static_cast<Mass>(d.uniform * static_cast<double>(total)), total - 1);
@@ -1528,28 +1424,16 @@ static __global__ void __launch_bounds__(sample_threads)
     }
     const Mass room = border.equals - min(equals, border.equals), here = equal[warp];
     if (point < passed || point >= passed + above[warp] + min(here, room) * each) return;  // it is in the range of one warp
-    for (int base = first; base < last; base += 8 * 32) {
-        float logits[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) logits[j] = base + 32 * j + lane < last ? d.logits[base + 32 * j + lane] : 0;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const int i = base + 32 * j + lane;
-            const float p = i < last ? relative_probability(logits[j], best, d.temperature) : 0.0f;
-            const unsigned key = __float_as_uint(p), at_border = __ballot_sync(all_lanes, key == border.key);
-            const Mass rank = equals + static_cast<Mass>(__popc(at_border & ((1u << lane) - 1)));
-            const Mass own = key > border.key || (key == border.key && rank < border.equals) ? mass_of(p) : 0;
-            Mass until = own;
-            for (int step = 1; step < 32; step *= 2) {
-                const Mass other = __shfl_up_sync(all_lanes, until, step);
-                if (lane >= step) until += other;
-            }
-            until += passed;
-            if (until - own <= point && point < until) entry->token = i;  // of one lane
-            passed = __shfl_sync(all_lanes, until, 31);
-            equals += static_cast<Mass>(__popc(at_border));
-        }
-    }
+    for_logits(d, first, last, lane, 32, [&](int id, float logit) {
+        const float p = relative_probability(logit, best, d.temperature);
+        const unsigned key = __float_as_uint(p), at_border = __ballot_sync(all_lanes, key == border.key);
+        const Mass rank = equals + __popc(at_border & ((1u << lane) - 1));
+        const Mass own = key > border.key || (key == border.key && rank < border.equals) ? mass_of(p) : 0;
+        const Mass until = passed + running_sum(own, lane);
+        if (until - own <= point && point < until) entry->token = id;  // of one lane
+        passed = __shfl_sync(all_lanes, until, 31);
+        equals += __popc(at_border);
+    });
 }
 constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 * sample_warps);
 
@@ -1564,7 +1448,8 @@ constexpr std::size_t sample_shared_bytes = sizeof(Mass) * (sample_bins + 2 + 2 
 // has filled and read: nobody fills it before this rank's part of exchange i + 1 has arrived there, which is sent after this.
 // Set (i + 1) % 3 must be left alone, because a rank that is ahead may be filling it already.
 //
-// Many rows: the ranks wait for each other's products, by events, and read them where they are.
+// Many rows: "two-shot". Each rank has the sums of some of the rows: it waits for the products of all, by events, reads its rows of
+// them where they are, and leaves the sums in its own; then each adds the sums of all. A rank reads 2 (R - 1) / R products, not R - 1.
 
 constexpr int most_ranks = 16;  // that meet here
 
@@ -1585,77 +1470,59 @@ __device__ __forceinline__ float sum_ranks(int first, int ranks, const F& part) 
     }
 }
 
-// The slots of one rank, [3][ranks][rows][stride], and which set it is the turn of.
+// The slots of every rank, [3][ranks][rows][stride], and which set it is the turn of.
 struct Slots {
-    float* data;
-    int ranks;
+    float* of[most_ranks];
+    int rank, ranks;  // this one, and how many
     std::size_t stride;
     const RowEntry* table;
     unsigned index;  // of the exchange, within the step
     static constexpr int rows = matvec_rows;
-    __host__ __device__ std::size_t slot() const { return rows * stride; }
     __device__ unsigned exchange() const { return table[0].exchanges + index; }
-    __device__ std::size_t at(unsigned exchange, int rank) const {
-        return (exchange % 3 * static_cast<std::size_t>(ranks) + static_cast<std::size_t>(rank)) * slot();
-    }
+    __device__ std::size_t at(unsigned exchange, int from) const { return (exchange % 3 * ranks + from) * rows * stride; }
 };
 
-// The part of `rank` for 4 columns at `at` of the slots, to every rank.
-__device__ __forceinline__ void push_part(float* const* to, const Slots& slots, unsigned exchange, int rank, std::size_t at,
-                                          float4 v) {
+// This rank's part for 4 columns at `at` of the slots, to every rank.
+__device__ __forceinline__ void push_part(const Slots& slots, unsigned exchange, std::size_t at, float4 v) {
     v = make_float4(sendable(v.x), sendable(v.y), sendable(v.z), sendable(v.w));
-    for (int r = 0; r < slots.ranks; ++r) store_remote16(to[r] + slots.at(exchange, rank) + at, v);
+    for (int r = 0; r < slots.ranks; ++r) store_remote16(slots.of[r] + slots.at(exchange, slots.rank) + at, v);
 }
 // The sum of the parts for 4 columns, once all are there. Then the set after next is emptied.
 template <int n>
 __device__ __forceinline__ float4 join_parts(const Slots& slots, unsigned exchange, std::size_t at) {
+    float* const own = slots.of[slots.rank] + at;
     float4 parts[n];
 #pragma unroll
     for (int r = 0; r < n; ++r)
-        if (r < slots.ranks) parts[r] = load_remote16(slots.data + slots.at(exchange, r) + at);
+        if (r < slots.ranks) parts[r] = load_remote16(own + slots.at(exchange, r));
     unsigned looks = 0;
 #pragma unroll
     for (int r = 0; r < n; ++r)
         while (r < slots.ranks && is_empty(parts[r])) {
             wait_for_others(looks);
-            parts[r] = load_remote16(slots.data + slots.at(exchange, r) + at);
+            parts[r] = load_remote16(own + slots.at(exchange, r));
         }
     const float empty = empty_slot();
     for (int r = 0; r < slots.ranks; ++r)
-        store_remote16(slots.data + slots.at(exchange + 2, r) + at, make_float4(empty, empty, empty, empty));
+        store_remote16(own + slots.at(exchange + 2, r), make_float4(empty, empty, empty, empty));
     return make_float4(sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].x; }),
                        sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].y; }),
                        sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].z; }),
                        sum_ranks<n>(0, slots.ranks, [&](int r) { return parts[r].w; }));
 }
 
-// W h, of one rank, to the slots of all, or, where slots has no table, to the rows of to[0]. With R panels per item a warp has
-// the slice of the columns that it has where there is one rank.
-struct PushRows {
-    static constexpr int panels = 0;
-    Panels w;
-    int panels_, rank;
+// W h, of one rank, to the slots of all. With R panels per item a warp has the slice of the columns that it has where there is one
+// rank.
+struct PushRows : OneMatrix {
     Slots slots;
-    float* to[most_ranks];
-    __host__ __device__ int panels_per_item() const { return panels_; }
-    __host__ __device__ int items() const { return (w.panels() + panels_ - 1) / panels_; }
-    __host__ __device__ int units() const { return w.units; }
-    __device__ int segments() const { return w.segments; }
-    __device__ const std::byte* panel(int item, int part) const {
-        return item * panels_ + part < w.panels() ? w.panel(item * panels_ + part) : nullptr;
-    }
     template <class T>
     __device__ void finish(int item, const T& total, int first, int n) const {
-        const unsigned exchange = slots.table ? slots.exchange() : 0;
-        for (int i = static_cast<int>(threadIdx.x); i < panels_ * 4 * n; i += matvec_threads) {
-            const int c = i / (panels_ * 4), part = i / 4 % panels_, quad = i % 4 * 4,
-                      row = (item * panels_ + part) * 16 + quad;
-            if (row >= w.rows) continue;
+        for (int i = threadIdx.x; i < panels * 4 * n; i += matvec_threads) {
+            const int c = i / (panels * 4), part = i / 4 % panels, quad = i % 4 * 4, row = (item * panels + part) * 16 + quad;
             const auto value = [&](int k) { return row + k < w.rows ? total(part, c, quad + k) : 0.0f; };
-            const float4 v = make_float4(value(0), value(1), value(2), value(3));
-            const std::size_t at = static_cast<std::size_t>(first + c) * slots.stride + static_cast<std::size_t>(row);
-            if (slots.table) push_part(to, slots, exchange, rank, at, v);
-            else store16(to[0] + at, v);
+            if (row < w.rows)
+                push_part(slots, slots.exchange(), (first + c) * slots.stride + row,
+                          make_float4(value(0), value(1), value(2), value(3)));
         }
     }
 };
@@ -1664,42 +1531,38 @@ struct PushRows {
 constexpr int join_threads = 128;
 template <int n>
 __global__ void __launch_bounds__(join_threads) join_slots(Slots slots, float* x, int rows, int columns) {
-    const int i = static_cast<int>(blockIdx.x) * join_threads + static_cast<int>(threadIdx.x);
+    const int i = blockIdx.x * join_threads + threadIdx.x;
     if (i >= rows * columns) return;
-    const std::size_t at = static_cast<std::size_t>(i / columns) * slots.stride + static_cast<std::size_t>(i % columns * 4);
+    const std::size_t at = i / columns * slots.stride + i % columns * 4;
     const float4 sum = join_parts<n>(slots, slots.exchange(), at), old = load16<float4>(x + at);
     store16(x + at,
             make_float4(__fadd_rn(old.x, sum.x), __fadd_rn(old.y, sum.y), __fadd_rn(old.z, sum.z), __fadd_rn(old.w, sum.w)));
 }
 
-// x += Σ parts, which lie as x does, or only one, which is the sum                             grid: [columns / threads, T]
+// out = Σ parts, which lie as it does                                                          grid: [columns / threads, rows]
 struct Partials {
     const float* of[most_ranks];
     int ranks;
 };
 static __global__ void __launch_bounds__(join_threads)
-    join_partials(Partials parts, float* x, std::size_t stride, int columns) {
-    const int i = static_cast<int>(blockIdx.x) * join_threads + static_cast<int>(threadIdx.x);
-    const std::size_t at = static_cast<std::size_t>(blockIdx.y) * stride + static_cast<std::size_t>(i);
-    if (i < columns) x[at] = __fadd_rn(x[at], sum_ranks<most_ranks>(0, parts.ranks, [&](int r) { return parts.of[r][at]; }));
+    sum_partials(Partials parts, float* out, std::size_t stride, int columns) {
+    const int i = blockIdx.x * join_threads + threadIdx.x;
+    const std::size_t at = blockIdx.y * stride + i;
+    if (i < columns) out[at] = sum_ranks<most_ranks>(0, parts.ranks, [&](int r) { return parts.of[r][at]; });
+}
+// x += the sums, of which rank r has `rows` rows from row r * rows on                             grid: [columns / threads, T]
+static __global__ void __launch_bounds__(join_threads)
+    add_sums(Partials sums, int rows, float* x, std::size_t stride, int columns) {
+    const int i = blockIdx.x * join_threads + threadIdx.x;
+    const std::size_t at = blockIdx.y * stride + i;
+    if (i < columns) x[at] = __fadd_rn(x[at], sums.of[blockIdx.y / rows][at]);
 }
 
 // Whether GPUs reach each other's memory: one stores there, and loads from there.                    One thread per 4 floats
 static __global__ void __launch_bounds__(join_threads) probe_peer(float* to, const float* from, float* copy, unsigned seed) {
     const unsigned i = blockIdx.x * join_threads + threadIdx.x, first = seed + 4 * i;
-    store_remote16(to + 4 * i, make_float4(static_cast<float>(first), static_cast<float>(first + 1),
-                                           static_cast<float>(first + 2), static_cast<float>(first + 3)));
+    store_remote16(to + 4 * i, make_float4(first, first + 1, first + 2, first + 3));
     store16(copy + 4 * i, load_remote16(from + 4 * i));
-}
-
-// Calls f(Constant<n>{}) with the n of sum_ranks().
-template <class F>
-void with_ranks(int ranks, const F& f) {
-    if (ranks <= 1) f(Constant<1>{});
-    else if (ranks <= 2) f(Constant<2>{});
-    else if (ranks <= 4) f(Constant<4>{});
-    else if (ranks <= 8) f(Constant<8>{});
-    else f(Constant<16>{});
 }
 
 // ═══ K11  Memory ═══════════════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1735,7 +1598,7 @@ struct Gpu {
 // Says before anything is allocated what does not fit.
 inline void check_free(const Gpu& gpu, const std::string& what, std::uint64_t needed) {
     std::size_t available = 0, total = 0;
-    check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo", gpu.text());
+    LLAMA3_CHECK(gpu.text(), cudaMemGetInfo(&available, &total));
     if (needed > available)
         fail(Code::memory, gpu.text() + ": " + what + " does not fit (found " + gigabytes(available) + " free of " +
                                gigabytes(total) + ", expected " + gigabytes(needed) + "). " +
@@ -1747,43 +1610,38 @@ class Memory {
 public:
     enum class Kind { device, pinned };
     Memory() = default;
-    Memory(Kind kind, std::size_t bytes, const std::string& what) : kind_(kind), bytes_(bytes) {
+    Memory(Kind kind, std::size_t bytes, const std::string& what) : bytes_(bytes) {
         if (bytes == 0) return;
-        check(cudaGetDevice(&gpu_), "cudaGetDevice", what);
-        if (kind == Kind::device) check(cudaMalloc(&data_, bytes), "cudaMalloc", what + ", " + gigabytes(bytes));
-        else check(cudaMallocHost(&data_, bytes), "cudaMallocHost", what + ", " + gigabytes(bytes));
+        const std::string where = what + ", " + gigabytes(bytes);
+        void* data = nullptr;
+        int gpu = 0;
+        LLAMA3_CHECK(where, cudaGetDevice(&gpu));
+        if (kind == Kind::device) LLAMA3_CHECK(where, cudaMalloc(&data, bytes));
+        else LLAMA3_CHECK(where, cudaMallocHost(&data, bytes));
+        data_ = {static_cast<std::byte*>(data), Release{kind, gpu}};
     }
-    ~Memory() {
-        if (!data_) return;
-        const UseGpu use(gpu_, false);
-        kind_ == Kind::device ? cudaFree(data_) : cudaFreeHost(data_);
-    }
-    Memory(Memory&& other) noexcept { swap(other); }
-    Memory& operator=(Memory&& other) noexcept {
-        Memory moved(std::move(other));
-        swap(moved);
-        return *this;
-    }
-    std::byte* data() const { return static_cast<std::byte*>(data_); }
+    std::byte* data() const { return data_.get(); }
     std::size_t bytes() const { return bytes_; }
     template <class T>
     T* as() const {
-        return static_cast<T*>(data_);
+        return reinterpret_cast<T*>(data());
     }
 
 private:
-    void swap(Memory& other) noexcept {
-        std::swap(kind_, other.kind_), std::swap(bytes_, other.bytes_), std::swap(data_, other.data_),
-            std::swap(gpu_, other.gpu_);
-    }
-    Kind kind_ = Kind::device;
+    struct Release {
+        Kind kind;
+        int gpu;
+        void operator()(std::byte* data) const {
+            const UseGpu use(gpu, false);
+            kind == Kind::device ? cudaFree(data) : cudaFreeHost(data);
+        }
+    };
+    std::unique_ptr<std::byte, Release> data_;
     std::size_t bytes_ = 0;
-    void* data_ = nullptr;
-    int gpu_ = 0;
 };
 
 // Owners of CUDA's other things.
-template <class T, cudaError_t (*destroy)(T)>
+template <class T, auto destroy>
 struct Owner {
     T value{};
     Owner() = default;
@@ -1796,13 +1654,25 @@ struct Owner {
     }
 };
 struct Stream : Owner<cudaStream_t, cudaStreamDestroy> {
-    Stream() { check(cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking), "cudaStreamCreateWithFlags", "stream"); }
-    void wait(const std::string& where) const { check(cudaStreamSynchronize(value), "cudaStreamSynchronize", where); }
+    Stream() { LLAMA3_CHECK("stream", cudaStreamCreateWithFlags(&value, cudaStreamNonBlocking)); }
+    void wait(const std::string& where) const { LLAMA3_CHECK(where, cudaStreamSynchronize(value)); }
 };
 struct Event : Owner<cudaEvent_t, cudaEventDestroy> {
-    Event() { check(cudaEventCreateWithFlags(&value, cudaEventDisableTiming), "cudaEventCreateWithFlags", "event"); }
+    explicit Event(unsigned flags = cudaEventDisableTiming) { LLAMA3_CHECK("event", cudaEventCreateWithFlags(&value, flags)); }
+    void record(const Stream& stream) const { LLAMA3_CHECK("event", cudaEventRecord(value, stream.value)); }
 };
 using Graph = Owner<cudaGraphExec_t, cudaGraphExecDestroy>;
+// Records what a stream is given, instead of running it.
+struct Capture : Owner<cudaGraph_t, cudaGraphDestroy> {
+    const Stream& stream;
+    explicit Capture(const Stream& s) : stream(s) {
+        LLAMA3_CHECK("step", cudaStreamBeginCapture(stream.value, cudaStreamCaptureModeThreadLocal));
+    }
+    ~Capture() {
+        if (!value) cudaStreamEndCapture(stream.value, &value);
+    }
+    void end() { LLAMA3_CHECK("step", cudaStreamEndCapture(stream.value, &value)); }
+};
 
 // Hands out the parts of one piece of memory, at multiples of 256 bytes as cuBLASLt likes them; without memory it only counts.
 class Parts {
@@ -1811,12 +1681,12 @@ public:
     template <class T>
     T* take(std::size_t n) {
         const std::size_t at = used_;
-        used_ += static_cast<std::size_t>(round_up(static_cast<std::int64_t>(n * sizeof(T)), 256));
+        used_ += round_up(n * sizeof(T), 256);
         return memory_ ? reinterpret_cast<T*>(memory_ + at) : nullptr;
     }
     Tensor tensor(int rows, int columns) {
-        const std::size_t stride = static_cast<std::size_t>(round_up(columns, 64));
-        return {take<float>(static_cast<std::size_t>(rows) * stride), rows, columns, stride};
+        const std::size_t stride = round_up(columns, 64);
+        return {take<float>(rows * stride), rows, columns, stride};
     }
     std::size_t used() const { return used_; }
 
@@ -1824,101 +1694,78 @@ private:
     std::byte* memory_;
     std::size_t used_ = 0;
 };
+// The bytes that f(parts) takes.
+template <class F>
+std::size_t bytes_of_parts(const F& f) {
+    Parts parts;
+    f(parts);
+    return parts.used();
+}
 
 using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 
 // A rank's share of a model on a GPU: its panels one after the other, as they are in the file. Shared by all sessions.
 class DeviceWeights {
 public:
-    DeviceWeights(Model model, Share share, const Gpu& gpu, const Progress& progress)
-        : model_(std::move(model)), share_(std::move(share)) {
-        std::vector<Piece> pieces;
-        const std::size_t bytes = list(share_, pieces);
-        memory_ = Memory(Memory::Kind::device, bytes, "weights");
-        upload(pieces, bytes, progress, gpu);
-        std::size_t next = 0;
-        const auto move = [&](auto*& pointer) {
-            using T = std::remove_reference_t<decltype(*pointer)>;
-            pointer = reinterpret_cast<T*>(memory_.data() + pieces[next++].to);
-        };
-        const auto move_matrix = [&](Matrix& m) {
-            m.panel_stride = pieces[next].bytes;
-            move(m.data);
-        };
-        Weights& w = share_.weights;
-        const std::byte* const table = w.embedding.data;
-        move_matrix(w.embedding), move(w.final_norm);
-        for (Layer& l : w.layers) {
-            for (Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) move_matrix(*m);
-            move(l.attention_norm), move(l.ffn_norm);
-        }
-        if (share_.config.tied_embedding) w.output.data = w.embedding.data + (w.output.data - table);  // rows of the table
-        else move_matrix(w.output);
-    }
-    static std::size_t bytes_of(const Share& share) {
-        std::vector<Piece> pieces;
-        return list(share, pieces);
-    }
-    const Share& share() const { return share_; }
-    const Weights& weights() const { return share_.weights; }
-
-private:
-    struct Piece {  // `count` times `bytes`, which lie `stride` apart in the file, to place `to`
-        const void* from;
-        std::size_t bytes, count, stride, to;
-    };
-    // In the order in which the constructor moves them. Returns how many bytes they take.
-    static std::size_t list(const Share& share, std::vector<Piece>& pieces) {
-        Parts parts;
-        const auto add = [&](const void* from, std::size_t bytes, std::size_t count, std::size_t stride) {
-            const std::size_t to = parts.used();
-            parts.take<std::byte>(bytes * count);
-            pieces.push_back({from, bytes, count, stride, to});
-        };
-        const auto add_matrix = [&](const Matrix& m) {
-            add(m.data, static_cast<std::size_t>(m.units()) * unit_bytes(m.format), static_cast<std::size_t>(m.panels()),
-                m.panel_stride);
-        };
-        const std::size_t norm = static_cast<std::size_t>(share.config.dim) * sizeof(float);
-        const Weights& w = share.weights;
-        add_matrix(w.embedding), add(w.final_norm, norm, 1, norm);
-        for (const Layer& l : w.layers) {
-            for (const Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) add_matrix(*m);
-            add(l.attention_norm, norm, 1, norm), add(l.ffn_norm, norm, 1, norm);
-        }
-        if (!share.config.tied_embedding) add_matrix(w.output);
-        return parts.used();
-    }
     // Through two pinned buffers: one is filled, from the file's pages, while the other is on its way.
-    void upload(const std::vector<Piece>& pieces, std::size_t bytes, const Progress& progress, const Gpu& gpu) {
+    DeviceWeights(Model model, Share share, const Gpu& gpu, const Progress& progress)
+        : model_(std::move(model)), share_(std::move(share)), memory_(Memory::Kind::device, bytes_of(share_), "weights") {
         const std::string where = "weights to " + gpu.text();
-        const std::size_t room = std::min<std::size_t>(bytes, std::size_t{64} << 20);
+        const std::size_t room = std::min<std::size_t>(memory_.bytes(), std::size_t{64} << 20);
         const Memory pinned[2] = {Memory(Memory::Kind::pinned, room, "upload"), Memory(Memory::Kind::pinned, room, "upload")};
         const Event sent[2];
         const Stream stream;
         std::size_t first = 0, i = 0;  // the buffer i % 2 is for the bytes from `first` on
         const auto send = [&](std::size_t end) {
             copy_async(memory_.data() + first, pinned[i % 2].data(), end - first, cudaMemcpyHostToDevice, stream.value, where);
-            check(cudaEventRecord(sent[i % 2].value, stream.value), "cudaEventRecord", where);
+            sent[i % 2].record(stream);
             first = end;
-            if (++i >= 2) check(cudaEventSynchronize(sent[i % 2].value), "cudaEventSynchronize", where);
-            if (progress) progress(end, bytes);
+            if (++i >= 2) LLAMA3_CHECK(where, cudaEventSynchronize(sent[i % 2].value));
+            if (progress) progress(end, memory_.bytes());
         };
-        for (const Piece& piece : pieces) {
-            const bool together = piece.stride == piece.bytes;
-            const std::size_t run = together ? piece.bytes * piece.count : piece.bytes;
-            for (std::size_t c = 0; c < (together ? 1 : piece.count); ++c)
-                for (std::size_t done = 0; done < run;) {
-                    const std::size_t to = piece.to + c * run + done;
+        Weights& w = share_.weights;
+        const std::byte* const table = w.embedding.data;
+        Parts parts(memory_.data());
+        for_pieces(share_, [&](auto*& data, std::size_t bytes, std::size_t times, std::size_t& stride) {
+            std::byte* const there = parts.take<std::byte>(bytes * times);
+            for (std::size_t t = 0; t < times; ++t)
+                for (std::size_t done = 0; done < bytes;) {
+                    const std::size_t to = there - memory_.data() + t * bytes + done;
                     if (to >= first + room) send(first + room);
-                    const std::size_t n = std::min(run - done, first + room - to);
+                    const std::size_t n = std::min(bytes - done, first + room - to);
                     std::memcpy(pinned[i % 2].data() + (to - first),
-                                static_cast<const std::byte*>(piece.from) + c * piece.stride + done, n);
+                                reinterpret_cast<const std::byte*>(data) + t * stride + done, n);
                     done += n;
                 }
-        }
-        send(bytes);
+            data = reinterpret_cast<std::remove_reference_t<decltype(data)>>(there), stride = bytes;
+        });
+        if (share_.config.tied_embedding) w.output.data = w.embedding.data + (w.output.data - table);  // rows of the table
+        send(memory_.bytes());
         stream.wait(where);
+    }
+    static std::size_t bytes_of(Share share) {
+        Parts parts;
+        for_pieces(share,
+                   [&](auto*, std::size_t bytes, std::size_t times, std::size_t) { parts.take<std::byte>(bytes * times); });
+        return parts.used();
+    }
+    const Share& share() const { return share_; }
+    const Weights& weights() const { return share_.weights; }
+
+private:
+    // f(data, bytes, times, stride) for everything in the order in which it lies on the GPU: `times` times `bytes`, `stride` apart.
+    template <class F>
+    static void for_pieces(Share& share, const F& f) {
+        std::size_t norm_bytes = share.config.dim * sizeof(float);
+        const auto matrix = [&](Matrix& m) { f(m.data, m.units() * unit_bytes(m.format), m.panels(), m.panel_stride); };
+        const auto norm = [&](const float*& weights) { f(weights, norm_bytes, 1, norm_bytes); };
+        Weights& w = share.weights;
+        matrix(w.embedding), norm(w.final_norm);
+        for (Layer& l : w.layers) {
+            for (Matrix* m : {&l.query, &l.key, &l.value, &l.attention_out, &l.gate, &l.up, &l.down}) matrix(*m);
+            norm(l.attention_norm), norm(l.ffn_norm);
+        }
+        if (!share.config.tied_embedding) matrix(w.output);
     }
 
     Model model_;  // keeps the file mapped
@@ -1948,13 +1795,9 @@ private:
 
 // Query heads per block of attend_split, and blocks per key/value head.
 inline int heads_per_block(const Config& c) { return c.n_heads / c.n_kv_heads > 4 ? 8 : 4; }
-inline int head_groups(const Config& c) {
-    const int shared = c.n_heads / c.n_kv_heads, heads = heads_per_block(c);
-    return c.n_kv_heads * ((shared + heads - 1) / heads);
-}
+inline int head_groups(const Config& c) { return c.n_kv_heads * div_up(c.n_heads / c.n_kv_heads, heads_per_block(c)); }
 
-// The buffers of a back end: everything whose size follows from the model, the number of rows and whether prompts are multiplied
-// by cuBLASLt.
+// The buffers of a back end: everything whose size follows from the model and the number of rows.
 struct Buffers {
     static constexpr std::size_t workspace_bytes = std::size_t{32} << 20;  // what NVIDIA recommends for sm_90
     static constexpr std::size_t most_unpacked = std::size_t{1} << 27;     // elements: larger matrices go in pieces of rows
@@ -1970,9 +1813,9 @@ struct Buffers {
     std::size_t unpacked_elements = 0;
     std::byte* workspace = nullptr;
 
-    Buffers(Parts& parts, const Config& c, int ranks, int n_rows, bool prompts) {
-        const std::size_t n = static_cast<std::size_t>(n_rows), head_dim = static_cast<std::size_t>(c.head_dim);
-        const int queries = c.n_heads * c.head_dim, keys = static_cast<int>(round_up(c.n_kv_heads * c.head_dim, 64));
+    Buffers(Parts& parts, const Config& c, int ranks, int n_rows) {
+        const std::size_t n = n_rows, head_dim = c.head_dim;
+        const int queries = c.n_heads * c.head_dim;
         x = parts.tensor(n_rows, c.dim);
         query = parts.tensor(n_rows, queries);
         mixed = parts.tensor(n_rows, queries);
@@ -1983,13 +1826,13 @@ struct Buffers {
         rows = parts.take<RowEntry>(n);
         logit_rows = parts.take<int>(n);
         draw = parts.take<DrawEntry>(1);
-        tickets = parts.take<unsigned>(static_cast<std::size_t>(matvec_rows * head_groups(c)));
+        tickets = parts.take<unsigned>(matvec_rows * head_groups(c));
         partial = parts.tensor(ranks > 1 ? n_rows : 0, c.dim);
-        slots_bytes = ranks > 1 ? static_cast<std::size_t>(3 * ranks * Slots::rows) * partial.stride * sizeof(float) : 0;
+        slots_bytes = ranks > 1 ? 3 * ranks * Slots::rows * partial.stride * sizeof(float) : 0;
         slots = parts.take<float>(slots_bytes / sizeof(float));
-        if (!prompts) return;
-        const auto padded = [](int columns) { return static_cast<std::size_t>(round_up(columns, 64)); };
-        up = parts.tensor(n_rows, std::max(c.ffn_dim, 2 * keys));  // keys and values before it is needed
+        if (n_rows <= matvec_rows) return;
+        const auto padded = [](int columns) -> std::size_t { return round_up(columns, 64); };
+        up = parts.tensor(n_rows, std::max<int>(c.ffn_dim, 2 * padded(c.n_kv_heads * c.head_dim)));  // keys and values first
         packed = parts.take<std::uint16_t>(n * padded(std::max({c.dim, queries, c.ffn_dim})));
         const std::size_t largest = std::max({padded(queries) * padded(c.dim), padded(c.ffn_dim) * padded(c.dim),
                                               std::min(most_unpacked, padded(c.vocab_size) * padded(c.dim))});
@@ -1997,102 +1840,72 @@ struct Buffers {
         unpacked = parts.take<std::uint16_t>(unpacked_elements);
         workspace = parts.take<std::byte>(workspace_bytes);
     }
-    static std::size_t bytes(const Config& c, int ranks, int n_rows, bool prompts) {
-        Parts count;
-        const Buffers counted(count, c, ranks, n_rows, prompts);
-        return count.used();
+    static std::size_t bytes(const Config& c, int ranks, int n_rows) {
+        return bytes_of_parts([&](Parts& parts) { Buffers(parts, c, ranks, n_rows); });
     }
 };
 
-// Partial results of attend_split for contexts of up to `splits` segments.
-struct SplitBuffers {
-    int splits = 0;
-    float *partial = nullptr, *statistics = nullptr;
-    SplitBuffers() = default;
-    SplitBuffers(Parts& parts, const Config& c, int n_splits) : splits(n_splits) {
-        const std::size_t n =
-            static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * static_cast<std::size_t>(splits);
-        partial = parts.take<float>(n * static_cast<std::size_t>(c.head_dim));
-        statistics = parts.take<float>(2 * n);
-    }
-    static int splits_of(int capacity) { return (capacity + attention_segment - 1) / attention_segment; }
-    static std::size_t bytes(const Config& c, int splits) {
-        Parts count;
-        const SplitBuffers counted(count, c, splits);
-        return count.used();
-    }
-};
+inline int splits_of(int capacity) { return div_up(capacity, attention_segment); }
+inline SplitBuffers split_buffers(Parts& parts, const Config& c, int splits) {
+    const std::size_t n = static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * splits;
+    float* const partial = parts.take<float>(n * c.head_dim);
+    return {splits, partial, parts.take<float>(2 * n)};
+}
+inline std::size_t split_bytes(const Config& c, int splits) {
+    return bytes_of_parts([&](Parts& parts) { split_buffers(parts, c, splits); });
+}
 
 // Products of bf16 matrices by cuBLASLt. The algorithm is chosen once per shape, so that a shape has the same bits in every run.
 class Gemm {
 public:
-    explicit Gemm(std::byte* workspace) : workspace_(workspace) {
-        check(cublasLtCreate(&handle_), "cublasLtCreate", "prompts");
-    }
-    ~Gemm() { cublasLtDestroy(handle_); }
-    Gemm(const Gemm&) = delete;
-    Gemm& operator=(const Gemm&) = delete;
+    explicit Gemm(std::byte* workspace) : workspace_(workspace) { LLAMA3_CHECK("prompts", cublasLtCreate(&handle_.value)); }
 
     // out [n, stride] (+)= x [n, k] wᵀ [k, rows], row-major. cuBLASLt counts columns first: there it is outᵀ (+)= w xᵀ, w transposed.
     void multiply(const char* stage, float* out, std::size_t stride, const std::uint16_t* w, const std::uint16_t* x, int rows,
                   int n, int k, bool add, cudaStream_t stream) {
-        struct Plan {
-            cublasLtMatmulDesc_t operation{};
-            cublasLtMatrixLayout_t w{}, x{}, out{};
-            cublasLtMatmulPreference_t preference{};
-            ~Plan() {
-                if (preference) cublasLtMatmulPreferenceDestroy(preference);
-                for (const cublasLtMatrixLayout_t layout : {w, x, out})
-                    if (layout) cublasLtMatrixLayoutDestroy(layout);
-                if (operation) cublasLtMatmulDescDestroy(operation);
-            }
-        } plan;
+        Owner<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy> operation;
         const cublasOperation_t transposed = CUBLAS_OP_T;
-        check(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate", stage);
-        check(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed),
-              "cublasLtMatmulDescSetAttribute", stage);
-        const auto layout = [&](cublasLtMatrixLayout_t& l, cudaDataType_t type, int height, int width, std::size_t leading) {
-            check(cublasLtMatrixLayoutCreate(&l, type, static_cast<std::uint64_t>(height), static_cast<std::uint64_t>(width),
-                                             static_cast<std::int64_t>(leading)),
-                  "cublasLtMatrixLayoutCreate", stage);
+        LLAMA3_CHECK(stage, cublasLtMatmulDescCreate(&operation.value, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        LLAMA3_CHECK(stage, cublasLtMatmulDescSetAttribute(operation.value, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
+                                                           sizeof transposed));
+        struct Layout : Owner<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy> {
+            Layout(const char* stage, cudaDataType_t type, int height, int width, std::size_t leading) {
+                LLAMA3_CHECK(stage, cublasLtMatrixLayoutCreate(&value, type, height, width, leading));
+            }
         };
-        layout(plan.w, CUDA_R_16BF, k, rows, static_cast<std::size_t>(k));
-        layout(plan.x, CUDA_R_16BF, k, n, static_cast<std::size_t>(k));
-        layout(plan.out, CUDA_R_32F, rows, n, stride);
+        const Layout w_layout(stage, CUDA_R_16BF, k, rows, k), x_layout(stage, CUDA_R_16BF, k, n, k),
+            out_layout(stage, CUDA_R_32F, rows, n, stride);
 
         const std::uint32_t alignment = reinterpret_cast<std::uintptr_t>(out) % 256 == 0 ? 256 : 64;  // a rank's columns
         const std::array<long long, 6> shape = {rows, n, k, static_cast<long long>(stride), add, alignment};
         auto found = algorithms_.find(shape);
         if (found == algorithms_.end()) {
-            const std::size_t workspace_bytes = Buffers::workspace_bytes;
-            const std::uint32_t schemes =
-                CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // in fixed order
-            check(cublasLtMatmulPreferenceCreate(&plan.preference), "cublasLtMatmulPreferenceCreate", stage);
-            check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                                                       &workspace_bytes, sizeof workspace_bytes),
-                  "cublasLtMatmulPreferenceSetAttribute", stage);
-            check(cublasLtMatmulPreferenceSetAttribute(plan.preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &schemes,
-                                                       sizeof schemes),
-                  "cublasLtMatmulPreferenceSetAttribute", stage);
-            for (const auto which : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-                check(cublasLtMatmulPreferenceSetAttribute(plan.preference, which, &alignment, sizeof alignment),
-                      "cublasLtMatmulPreferenceSetAttribute", stage);
+            Owner<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy> preference;
+            LLAMA3_CHECK(stage, cublasLtMatmulPreferenceCreate(&preference.value));
+            const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, const auto& value) {
+                LLAMA3_CHECK(stage, cublasLtMatmulPreferenceSetAttribute(preference.value, what, &value, sizeof value));
+            };
+            prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::uint64_t{Buffers::workspace_bytes});
+            prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,  // those that have a fixed order
+                   std::uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
+            prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment);
+            prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment);
             cublasLtMatmulHeuristicResult_t result{};
             int count = 0;
-            check(cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.out, plan.out, plan.preference,
-                                                 1, &result, &count),
-                  "cublasLtMatmulAlgoGetHeuristic", stage);
+            LLAMA3_CHECK(stage, cublasLtMatmulAlgoGetHeuristic(handle_.value, operation.value, w_layout.value, x_layout.value,
+                                                               out_layout.value, out_layout.value, preference.value, 1, &result,
+                                                               &count));
             if (count == 0) check(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmulAlgoGetHeuristic", stage);
             found = algorithms_.emplace(shape, result.algo).first;
         }
         const float one = 1, beta = add ? 1 : 0;
-        check(cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x, &beta, out, plan.out, out, plan.out,
-                             &found->second, workspace_, Buffers::workspace_bytes, stream),
-              "cublasLtMatmul", stage);
+        LLAMA3_CHECK(stage, cublasLtMatmul(handle_.value, operation.value, &one, w, w_layout.value, x, x_layout.value, &beta,
+                                           out, out_layout.value, out, out_layout.value, &found->second, workspace_,
+                                           Buffers::workspace_bytes, stream));
     }
 
 private:
-    cublasLtHandle_t handle_{};
+    Owner<cublasLtHandle_t, cublasLtDestroy> handle_;
     std::byte* workspace_;
     std::map<std::array<long long, 6>, cublasLtMatmulAlgo_t> algorithms_;
 };
@@ -2112,19 +1925,17 @@ struct Lane {
 class CudaRank {
 public:
     CudaRank(std::shared_ptr<const DeviceWeights> weights, Lane& lane, const Options& options, int max_rows)
-        : lane_(lane), weights_(std::move(weights)), config_(share().config), kv_(options.kv),
-          prompts_(lane.gpu.tensor_cores()), max_rows_(max_rows),
-          memory_(Memory::Kind::device, Buffers::bytes(config_, share().ranks, max_rows_, prompts_), "buffers"),
-          buffers_(at(parts_, memory_), config_, share().ranks, max_rows_, prompts_),
-          tables_(Memory::Kind::pinned, static_cast<std::size_t>(max_rows_) * (sizeof(RowEntry) + sizeof(int)), "tables") {
-        if (prompts_) gemm_ = std::make_unique<Gemm>(buffers_.workspace);
+        : lane_(lane), weights_(std::move(weights)), config_(share().config), cache_(cache_shape(config_, options.kv)),
+          max_rows_(max_rows), memory_(Memory::Kind::device, Buffers::bytes(config_, share().ranks, max_rows_), "buffers"),
+          buffers_(at(parts_, memory_), config_, share().ranks, max_rows_),
+          tables_(Memory::Kind::pinned, max_rows_ * (sizeof(RowEntry) + sizeof(int)), "tables") {
+        if (max_rows_ > matvec_rows) gemm_ = std::make_unique<Gemm>(buffers_.workspace);
         const std::vector<float> frequencies = detail::rope_frequencies(config_);
-        check(cudaMemset(memory_.data(), 0, memory_.bytes()), "cudaMemset", "buffers");
-        check(cudaMemset(buffers_.slots, 0xff, buffers_.slots_bytes), "cudaMemset", "buffers");  // all empty
-        check(cudaMemcpy(buffers_.frequencies, frequencies.data(), frequencies.size() * sizeof(float), cudaMemcpyHostToDevice),
-              "cudaMemcpy", "RoPE frequencies");
-        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize",
-              "buffers");  // all were on another stream than the steps will be
+        LLAMA3_CHECK("buffers", cudaMemset(memory_.data(), 0, memory_.bytes()));
+        LLAMA3_CHECK("buffers", cudaMemset(buffers_.slots, 0xff, buffers_.slots_bytes));  // all empty
+        LLAMA3_CHECK("RoPE frequencies", cudaMemcpy(buffers_.frequencies, frequencies.data(),
+                                                    frequencies.size() * sizeof(float), cudaMemcpyHostToDevice));
+        LLAMA3_CHECK("buffers", cudaDeviceSynchronize());  // all were on another stream than the steps will be
         reserve_splits(options.context);
     }
 
@@ -2134,133 +1945,106 @@ public:
     Lane& lane() const { return lane_; }
     cudaStream_t stream() const { return lane_.stream.value; }
     int n_tokens() const { return n_tokens_; }
-    bool few() const { return n_tokens_ <= matvec_rows || !prompts_; }
+    bool few() const { return n_tokens_ <= matvec_rows; }
 
     void embed(Tensor x, const Matrix& table) {
         with_format(table.format, [&]<class W>(W) {
-            launch("embed", embed_rows<W>, dim3(static_cast<unsigned>(n_tokens_)), 256, 0, stream(), Panels(table),
-                   buffers_.rows, x.data, x.stride, x.columns, buffers_.frequencies, buffers_.turns, config_.head_dim);
+            launch("embed", embed_rows<W>, dim3(n_tokens_), 256, 0, stream(), Panels(table), buffers_.rows, x.data, x.stride,
+                   x.columns, buffers_.frequencies, buffers_.turns, config_.head_dim);
         });
     }
 
     void project_qkv(Tensor query, Tensor x, const Layer& layer) {
         const char* stage = "project_qkv";
         const Input input{x.data, x.stride, x.columns, layer.attention_norm, config_.norm_eps, nullptr};
-        const CacheShape cache = cache_shape(config_, kv_);
-        if (few()) {
-            multiply_rows(stage, layer.query.format, input, n_tokens_,
-                          ProjectQkv{Panels(layer.query), Panels(layer.key), Panels(layer.value), query.data, query.stride,
-                                     buffers_.rows, buffers_.turns, cache, layer.index});
-            return;
-        }
-        const std::size_t keys = static_cast<std::size_t>(round_up(layer.key.rows, 64));  // keys, then values, in rows of `up`
-        float *const key = buffers_.up.data, *const value = key + keys;
+        const QkvOut out{query.data, query.stride, buffers_.rows,    buffers_.turns,
+                         cache_,     layer.index,  layer.query.rows, layer.key.rows};
+        if (few())
+            return multiply_rows(stage, layer.query.format, input, n_tokens_,
+                                 ProjectQkv{Panels(layer.query), Panels(layer.key), Panels(layer.value), out});
+        const Tensor rows = buffers_.up;  // keys, then values, in each
+        float* const value = rows.data + padded(layer.key.rows);
         pack(stage, input, n_tokens_);
         multiply_packed(stage, layer.query, query.data, query.stride, n_tokens_, false);
-        multiply_packed(stage, layer.key, key, buffers_.up.stride, n_tokens_, false);
-        multiply_packed(stage, layer.value, value, buffers_.up.stride, n_tokens_, false);
-        const unsigned warps = static_cast<unsigned>((layer.query.rows + 2 * layer.key.rows) / 32);
-        launch(stage, rotate_rows, dim3(static_cast<unsigned>(n_tokens_), (warps + row_warps - 1) / row_warps), row_threads, 0,
-               stream(),
-               Rotate{query.data, key, value, query.stride, buffers_.up.stride, buffers_.rows, buffers_.turns, cache,
-                      layer.index, config_.n_heads});
+        multiply_packed(stage, layer.key, rows.data, rows.stride, n_tokens_, false);
+        multiply_packed(stage, layer.value, value, rows.stride, n_tokens_, false);
+        launch(stage, rotate_rows, dim3(n_tokens_, div_up(out.queries + 2 * out.keys, row_threads)), row_threads, 0, stream(),
+               out, rows.data, value, rows.stride);
     }
 
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) {
-        const CacheShape cache = cache_shape(config_, kv_);
-        const int shared = config_.n_heads / config_.n_kv_heads;
-        for (int first = 0; first < n_tokens_;) {
-            const int count = few() ? n_tokens_ - first : run_length(batch, first);
-            if (!few() && count > matvec_rows) {
-                const Flash flash{query.data, query.stride, mixed.data, mixed.stride, buffers_.rows,
-                                  cache,      layer.index,  shared,     first,        count};
-                const dim3 grid(static_cast<unsigned>((count + flash_rows - 1) / flash_rows),
-                                static_cast<unsigned>(config_.n_heads));
-                with_cache(kv_, [&]<class C>(C) {
-                    with_head_dim(config_.head_dim, [&](auto e) {
-                        launch("attend", flash_attention<C, e.value>, grid, flash_threads, flash_shared_bytes<e.value>,
-                               stream(), flash);
-                    });
-                });
-                first += count;
-                continue;
-            }
-            const int rows = std::min(count, matvec_rows);
-            const Attend split{query.data,      query.stride,       mixed.data,      mixed.stride, buffers_.rows,
-                               cache,           layer.index,        shared,          first,        splits_.splits,
-                               splits_.partial, splits_.statistics, buffers_.tickets};
-            const dim3 grid(static_cast<unsigned>(head_groups(config_)), static_cast<unsigned>(splits_.splits),
-                            static_cast<unsigned>(rows));
-            with_cache(kv_, [&]<class C>(C) {
+        Attend a{
+            query.data, mixed.data, query.stride, buffers_.rows,   cache_, layer.index, config_.n_heads / config_.n_kv_heads,
+            0,          0,          splits_,      buffers_.tickets};
+        for (; a.first < n_tokens_; a.first += a.count) {
+            a.count = few() ? n_tokens_ : run_length(batch, a.first);
+            with_cache(cache_.format, [&]<class C>(C) {
                 with_head_dim(config_.head_dim, [&](auto e) {
+                    if (a.count > matvec_rows)
+                        return launch("attend", flash_attention<C, e.value>, dim3(div_up(a.count, flash_rows), config_.n_heads),
+                                      flash_threads, flash_shared_bytes<e.value>, stream(), a);
+                    const dim3 grid(head_groups(config_), splits_.splits, a.count);
                     if (heads_per_block(config_) == 4)
                         launch("attend", attend_split<C, e.value, 4>, grid, attend_threads, attend_shared_bytes<e.value, 4>,
-                               stream(), split);
+                               stream(), a);
                     else
                         launch("attend", attend_split<C, e.value, 8>, grid, attend_threads, attend_shared_bytes<e.value, 8>,
-                               stream(), split);
+                               stream(), a);
                 });
             });
-            first += rows;
         }
     }
 
-    // W times the rows: added to x where there is one rank, else this rank's part of a sum, for the slots in `to` or here.
-    void product(const char* stage, Tensor x, const Matrix& w, Tensor input_rows, const Slots* slots, float* const* to) {
-        const Input input{input_rows.data, input_rows.stride, input_rows.columns, nullptr, 0, nullptr};
-        const int ranks = share().ranks;
+    // W times the rows: added to x where there is one rank, else this rank's part of a sum, for the slots of all or here.
+    void product(const char* stage, Tensor x, const Matrix& w, Tensor rows, const Slots* slots) {
+        const Input input{rows.data, rows.stride, rows.columns, nullptr, 0, nullptr};
+        const int ranks = share().ranks, panels = ranks % 8 == 0 ? 8 : ranks == 4 ? 4 : ranks == 2 ? 2 : 1;
         const Tensor out = ranks == 1 ? x : buffers_.partial;
         if (!few()) {
             pack(stage, input, n_tokens_);
             multiply_packed(stage, w, out.data, out.stride, n_tokens_, ranks == 1);
-        } else if (ranks == 1) {
-            multiply_rows(stage, w.format, input, n_tokens_, AddRows{{Panels(w), x.data, x.stride}});
+        } else if (slots) {
+            multiply_rows(stage, w.format, input, n_tokens_, PushRows{{Panels(w), panels}, *slots});
         } else {
-            const int panels = ranks % 8 == 0 ? 8 : ranks == 4 ? 4 : ranks == 2 ? 2 : 1;
-            PushRows push{
-                Panels(w), panels, share().rank, slots ? *slots : Slots{nullptr, 0, out.stride, nullptr, 0}, {out.data}};
-            if (slots) std::copy_n(to, ranks, push.to);
-            multiply_rows(stage, w.format, input, n_tokens_, push);
+            multiply_rows(stage, w.format, input, n_tokens_, PutRows{{Panels(w), panels}, out.data, out.stride, ranks == 1});
         }
     }
-    // x += the parts of all ranks
+    // x += the parts of all ranks in the slots
     void join(const char* stage, Tensor x, const Slots& slots) {
-        const int quads = (x.columns + 3) / 4;
-        with_ranks(slots.ranks, [&](auto n) {
-            launch(stage, join_slots<n.value>,
-                   dim3(static_cast<unsigned>((n_tokens_ * quads + join_threads - 1) / join_threads)), join_threads, 0,
-                   stream(), slots, x.data, n_tokens_, quads);
-        });
+        const int quads = div_up(x.columns, 4);
+        launch(stage, slots.ranks <= 8 ? join_slots<8> : join_slots<most_ranks>, dim3(div_up(n_tokens_ * quads, join_threads)),
+               join_threads, 0, stream(), slots, x.data, n_tokens_, quads);
     }
-    void join(const char* stage, Tensor x, int first, int n, const Partials& parts) {
-        const dim3 grid(static_cast<unsigned>((x.columns + join_threads - 1) / join_threads), static_cast<unsigned>(n));
-        launch(stage, join_partials, grid, join_threads, 0, stream(), parts, x.row(first), x.stride, x.columns);
+    // n rows of this rank's part become the sums of the parts
+    void sum(const char* stage, int first, int n, const Partials& parts) {
+        const Tensor out = buffers_.partial;
+        launch(stage, sum_partials, dim3(div_up(out.columns, join_threads), std::max(n, 0)), join_threads, 0, stream(), parts,
+               out.row(first), out.stride, out.columns);
+    }
+    void add(const char* stage, Tensor x, const Partials& sums, int rows) {
+        launch(stage, add_sums, dim3(div_up(x.columns, join_threads), n_tokens_), join_threads, 0, stream(), sums, rows, x.data,
+               x.stride, x.columns);
     }
 
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) {
         const char* stage = "gate_up";
         const Input input{x.data, x.stride, x.columns, layer.ffn_norm, config_.norm_eps, nullptr};
-        if (few()) {
-            multiply_rows(stage, layer.gate.format, input, n_tokens_,
-                          GateUp{Panels(layer.gate), Panels(layer.up), hidden.data, hidden.stride});
-            return;
-        }
+        if (few())
+            return multiply_rows(stage, layer.gate.format, input, n_tokens_,
+                                 GateUp{Panels(layer.gate), Panels(layer.up), hidden.data, hidden.stride});
         pack(stage, input, n_tokens_);
         multiply_packed(stage, layer.gate, hidden.data, hidden.stride, n_tokens_, false);
         multiply_packed(stage, layer.up, buffers_.up.data, hidden.stride, n_tokens_, false);  // its rows are at least as wide
-        const dim3 grid(static_cast<unsigned>((hidden.columns + row_threads - 1) / row_threads),
-                        static_cast<unsigned>(n_tokens_));
-        launch(stage, gate_rows, grid, row_threads, 0, stream(), hidden.data, buffers_.up.data, hidden.stride, hidden.columns);
+        launch(stage, gate_rows, dim3(div_up(hidden.columns, row_threads), n_tokens_), row_threads, 0, stream(), hidden.data,
+               buffers_.up.data, hidden.stride, hidden.columns);
     }
 
     void logits(Tensor logits, Tensor x, const Weights& weights) {
         const char* stage = "logits";
         const Input input{x.data, x.stride, x.columns, weights.final_norm, config_.norm_eps, buffers_.logit_rows};
-        if (logits.rows <= matvec_rows || !prompts_) {
-            multiply_rows(stage, weights.output.format, input, logits.rows,
-                          StoreRows<2>{Panels(weights.output), logits.data, logits.stride});
-            return;
-        }
+        if (logits.rows <= matvec_rows)
+            return multiply_rows(stage, weights.output.format, input, logits.rows,
+                                 PutRows{{Panels(weights.output), 2}, logits.data, logits.stride, false});
         pack(stage, input, logits.rows);
         multiply_packed(stage, weights.output, logits.data, logits.stride, logits.rows, false);
     }
@@ -2268,7 +2052,7 @@ public:
     // The table of the batch's rows, and of those that want logits, on the way to the device. Returns how many do.
     int fill_tables(const Batch& batch, std::size_t part, unsigned exchanges) {
         n_tokens_ = batch.size();
-        const std::size_t n = static_cast<std::size_t>(n_tokens_);
+        const std::size_t n = n_tokens_;
         RowEntry* const rows = tables_.as<RowEntry>();
         int* const logit_rows = reinterpret_cast<int*>(rows + max_rows_);
         int wanted = 0;
@@ -2276,7 +2060,7 @@ public:
             const Row& row = batch.rows[t];
             const auto* cache = static_cast<const CudaCache*>(row.cache);
             rows[t] = {row.token, row.position, cache->capacity(), exchanges, cache->data(part)};
-            if (row.wants_logits) logit_rows[wanted++] = static_cast<int>(t);
+            if (row.wants_logits) logit_rows[wanted++] = t;
         }
         std::fill(logit_rows + wanted, logit_rows + n, 0);
         copy_async(buffers_.rows, rows, sizeof(RowEntry) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
@@ -2285,27 +2069,27 @@ public:
     }
     void empty_slots(std::size_t first_set, std::size_t sets) {
         const std::size_t set = buffers_.slots_bytes / 3;
-        check(cudaMemsetAsync(reinterpret_cast<std::byte*>(buffers_.slots) + first_set * set, 0xff, sets * set, stream()),
-              "cudaMemsetAsync", "slots");
+        LLAMA3_CHECK("slots", cudaMemsetAsync(reinterpret_cast<std::byte*>(buffers_.slots) + first_set * set, 0xff, sets * set,
+                                              stream()));
     }
 
     // ── Memory that grows ──
 
     bool reserve_splits(int capacity) {  // whether it has moved
-        const int splits = SplitBuffers::splits_of(capacity);
+        const int splits = splits_of(capacity);
         if (splits <= splits_.splits) return false;
-        const std::size_t bytes = SplitBuffers::bytes(config_, splits);
+        const std::size_t bytes = split_bytes(config_, splits);
         splits_ = {}, split_memory_ = {};
         split_memory_ = Memory(Memory::Kind::device, bytes, "partial attention");
         Parts parts(split_memory_.data());
-        splits_ = SplitBuffers(parts, config_, splits);
+        splits_ = split_buffers(parts, config_, splits);
         return true;
     }
     Tensor reserve_logits(int rows) {
         Tensor logits = buffers_.logits;
         logits.rows = rows;
         if (rows <= matvec_rows) return logits;
-        const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(rows) * logits.stride;
+        const std::size_t bytes = sizeof(float) * rows * logits.stride;
         if (many_logits_.bytes() < bytes) {
             many_logits_ = {};
             many_logits_ = Memory(Memory::Kind::device, bytes, "logits of " + std::to_string(rows) + " rows");
@@ -2320,60 +2104,46 @@ private:
     // Rows from `first` on that continue one sequence.
     static int run_length(const Batch& batch, int first) {
         int n = 1;
-        const auto row = [&](int i) -> const Row& { return batch.rows[static_cast<std::size_t>(first + i)]; };
+        const auto row = [&](int i) -> const Row& { return batch.rows[first + i]; };
         while (first + n < batch.size() && row(n).cache == row(0).cache && row(n).position == row(0).position + n) ++n;
         return n;
     }
 
     // ── Up to 8 rows: matrix x vector ──
 
-    // As many rows at a time as have room in shared memory, at most 8.
     template <class Epilogue>
-    void multiply_rows(const char* stage, Format format, Input input, int n, const Epilogue& epilogue) {
-        const std::size_t room = lane_.gpu.shared_bytes;
-        with_format(format, [&]<class W>(W) {
-            for (int first = 0; first < n;) {
-                int columns = matvec_rows;
-                while (columns > 1 && (columns / 2 >= n - first ||
-                                       matvec_shared_bytes<W, 1>(epilogue.units()) * static_cast<std::size_t>(columns) > room))
-                    columns /= 2;
-                const int count = std::min(columns, n - first);
-                switch (columns) {
-                    case 8: multiply_columns<W, 8>(stage, input, epilogue, first, count); break;
-                    case 4: multiply_columns<W, 4>(stage, input, epilogue, first, count); break;
-                    case 2: multiply_columns<W, 2>(stage, input, epilogue, first, count); break;
-                    default: multiply_columns<W, 1>(stage, input, epilogue, first, count);
-                }
-                first += count;
-            }
-        });
+    void multiply_rows(const char* stage, Format format, const Input& input, int n, const Epilogue& epilogue) {
+        with_format(format, [&]<class W>(W) { multiply_columns<W, matvec_rows>(stage, input, n, epilogue); });
     }
+    // As many rows at a time as there are and have room in shared memory.
     template <class W, int columns, class Epilogue>
-    void multiply_columns(const char* stage, const Input& input, const Epilogue& epilogue, int first, int n) {
-        const std::size_t shared = matvec_shared_bytes<W, columns>(epilogue.units());
-        const int resident = 2 * shared <= lane_.gpu.shared_bytes ? matvec_blocks_per_sm<W, columns> : 1;
-        const int blocks = std::min(epilogue.items(), lane_.gpu.multiprocessors * resident);
-        launch(stage, matvec<W, columns, Epilogue>, dim3(static_cast<unsigned>(blocks)), matvec_threads, shared, stream(),
-               input, epilogue, first, n);
+    void multiply_columns(const char* stage, const Input& input, int n, const Epilogue& epilogue) {
+        const std::size_t shared = matvec_shared_bytes<W, columns>(epilogue.units()), room = lane_.gpu.shared_bytes;
+        if constexpr (columns > 1)
+            if (columns / 2 >= n || shared > room) return multiply_columns<W, columns / 2>(stage, input, n, epilogue);
+        const int resident = 2 * shared <= room ? matvec_blocks_per_sm<W, columns> : 1;
+        const dim3 blocks(std::min(epilogue.items(), lane_.gpu.multiprocessors * resident));
+        for (int first = 0; first < n; first += columns)
+            launch(stage, matvec<W, columns, Epilogue>, blocks, matvec_threads, shared, stream(), input, epilogue, first,
+                   std::min(columns, n - first));
     }
 
     // ── Prompts: cuBLASLt ──
 
-    static int padded(int columns) { return static_cast<int>(round_up(columns, 64)); }
+    static int padded(int columns) { return round_up(columns, 64); }
     void pack(const char* stage, const Input& input, int n) {
-        launch(stage, pack_rows, dim3(static_cast<unsigned>(n)), row_threads, row_warps * sizeof(float), stream(), input,
-               buffers_.packed, padded(input.width));
+        launch(stage, pack_rows, dim3(n), row_threads, row_warps * sizeof(float), stream(), input, buffers_.packed,
+               padded(input.width));
     }
     // out (+)= W times the packed rows
     void multiply_packed(const char* stage, const Matrix& w, float* out, std::size_t stride, int n, bool add) {
         const int columns = padded(w.columns);
-        const int most = static_cast<int>(buffers_.unpacked_elements / static_cast<std::size_t>(columns) / 64 * 64);
+        const int most = buffers_.unpacked_elements / columns / 64 * 64;
         for (int first = 0; first < w.rows; first += most) {
             const int rows = std::min(most, w.rows - first);
             with_format(w.format, [&]<class W>(W) {
-                const long long threads = static_cast<long long>((rows + 15) / 16) * 128 * (columns / 64);
-                launch(stage, unpack_rows<W>, dim3(static_cast<unsigned>((threads + 255) / 256)), 256, 0, stream(), Panels(w),
-                       buffers_.unpacked, first, rows, columns);
+                launch(stage, unpack_rows<W>, dim3(div_up(div_up(rows, 16) * (columns / 64) * 128, 256)), 256, 0, stream(),
+                       Panels(w), buffers_.unpacked, first, rows, columns);
             });
             gemm_->multiply(stage, out + first, stride, buffers_.unpacked, buffers_.packed, rows, n, columns, add, stream());
         }
@@ -2382,8 +2152,7 @@ private:
     Lane& lane_;
     std::shared_ptr<const DeviceWeights> weights_;
     const Config& config_;  // of the share
-    Format kv_;
-    bool prompts_;  // many rows go through cuBLASLt and flash attention
+    CacheShape cache_;
     int max_rows_, n_tokens_ = 0;
     Memory memory_;
     Parts parts_;
@@ -2416,7 +2185,8 @@ struct Transport {
 inline void check(ncclResult_t status, const char* call, const std::string& where) {
     if (status == ncclSuccess) return;
     fail(Code::device,
-         "NCCL, " + where + ": " + call + " failed (found " + ncclGetErrorString(status) + ": " + ncclGetLastError(nullptr) +
+         "NCCL, " + where + ": " + name_of(call) + " failed (found " + ncclGetErrorString(status) + ": " +
+             ncclGetLastError(nullptr) +
              ", expected success). Give each rank a GPU of its own; NCCL_DEBUG=INFO in the environment says more.");
 }
 constexpr bool with_nccl = true;
@@ -2433,7 +2203,7 @@ public:
         communicator.broadcast(message);
         if (message.size() != sizeof id) check(status == ncclSuccess ? ncclRemoteError : status, "ncclGetUniqueId", "rank 0");
         std::memcpy(&id, message.data(), sizeof id);
-        check(ncclCommInitRank(&value_, communicator.ranks(), id, communicator.rank()), "ncclCommInitRank", "start");
+        LLAMA3_CHECK("start", ncclCommInitRank(&value_, communicator.ranks(), id, communicator.rank()));
     }
     ~Nccl() {
         if (std::uncaught_exceptions()) abort();  // the others may never come
@@ -2460,7 +2230,7 @@ public:
         }
     }
     void all_gather(const char* stage, const float* from, float* to, std::size_t n, cudaStream_t stream) const {
-        check(ncclAllGather(from, to, n, ncclFloat, value_, stream), "ncclAllGather", stage);
+        LLAMA3_CHECK(stage, ncclAllGather(from, to, n, ncclFloat, value_, stream));
     }
 
 private:
@@ -2484,12 +2254,11 @@ public:
         std::shared_ptr<const DeviceWeights> weights;
     };
     CudaBackend(const std::vector<Place>& places, Model model, const Options& options, Transport transport,
-                std::shared_ptr<const Nccl> nccl, std::shared_ptr<std::mutex> turn)
+                std::shared_ptr<const Nccl> nccl, std::shared_ptr<std::mutex> turn, int max_rows)
         : turn_(std::move(turn)), model_(std::move(model)), options_(options), transport_(std::move(transport)),
-          nccl_(std::move(nccl)), prompts_(true), max_rows_(rows_of(options)) {
+          nccl_(std::move(nccl)), max_rows_(max_rows) {
         for (const Place& place : places) {
             const UseGpu use(place.gpu.index);
-            prompts_ = prompts_ && place.gpu.tensor_cores();
             auto lane =
                 std::find_if(lanes_.begin(), lanes_.end(), [&](const auto& l) { return l->gpu.index == place.gpu.index; });
             if (lane == lanes_.end()) lane = lanes_.insert(lane, std::make_unique<Lane>(place.gpu));
@@ -2501,7 +2270,8 @@ public:
         if (transport_.kind == Transport::Kind::staged)
             staging_ = Memory(Memory::Kind::pinned, (staged_rows * b.x.stride + 1) * sizeof(float), "sums over ranks");
         const char* graphs = std::getenv("LLAMA3_CUDA_GRAPHS");  // 0: every step is launched stage by stage, for debuggers
-        use_graphs_ = transport_.kind != Transport::Kind::staged && (!graphs || std::strcmp(graphs, "0") != 0);
+        use_graphs_ =
+            transport_.kind != Transport::Kind::staged && !options.time_stages && (!graphs || std::strcmp(graphs, "0") != 0);
     }
     ~CudaBackend() override {
         for (const auto& lane : lanes_) {
@@ -2515,15 +2285,11 @@ public:
         }
         const std::lock_guard turn(*turn_);
         const UseGpu use(lanes_[0]->gpu.index, false);
-        ranks_.clear(), lanes_.clear();
+        ends_.clear(), ranks_.clear(), lanes_.clear();
     }
 
-    static int rows_of(const Options& options) {
-        return std::max(matvec_rows, std::min({options.chunk, options.context, 16384}));  // a grid's y has 16 bits
-    }
-    static std::size_t bytes(const Config& config, const Options& options, bool prompts) {
-        return Buffers::bytes(config, options.ranks, rows_of(options), prompts) +
-               SplitBuffers::bytes(config, SplitBuffers::splits_of(options.context));
+    static std::size_t bytes(const Config& config, const Options& options, int max_rows) {
+        return Buffers::bytes(config, options.ranks, max_rows) + split_bytes(config, splits_of(options.context));
     }
 
     std::unique_ptr<KVCache> make_cache() override {
@@ -2531,11 +2297,11 @@ public:
         const auto bytes = [&](const CudaRank& r) {
             return cache_shape(r.share().config, options_.kv).bytes(options_.context);
         };
-        each([&](CudaRank& r, bool) { needed[r.lane().gpu.index] += bytes(r); });
-        each([&](CudaRank& r, bool) { check_free(r.lane().gpu, "the key/value cache", needed[r.lane().gpu.index]); });
+        each([&](CudaRank& r) { needed[r.lane().gpu.index] += bytes(r); });
+        each([&](CudaRank& r) { check_free(r.lane().gpu, "the key/value cache", needed[r.lane().gpu.index]); });
         auto cache = std::make_unique<CudaCache>(options_.context, turn_);
         const std::lock_guard turn(*turn_);
-        each([&](CudaRank& r, bool) { cache->add(bytes(r)); });
+        each([&](CudaRank& r) { cache->add(bytes(r)); });
         return cache;
     }
     int max_rows() const override { return max_rows_; }
@@ -2544,7 +2310,7 @@ public:
         if (on_the_way_ > 0) {
             // Copied when they are asked for: a token that is drawn on the device does not need them.
             const UseGpu use(lanes_[0]->gpu.index);
-            const std::size_t bytes = sizeof(float) * static_cast<std::size_t>(on_the_way_) * l.stride;
+            const std::size_t bytes = sizeof(float) * on_the_way_ * l.stride;
             if (host_logits_.bytes() < bytes) {
                 const std::lock_guard turn(*turn_);
                 host_logits_ = Memory(Memory::Kind::pinned, bytes, "logits on the host");
@@ -2553,14 +2319,14 @@ public:
             wait(*lanes_[0], "logits");
             on_the_way_ = 0;
         }
-        return {host_logits_.as<float>() + static_cast<std::size_t>(i) * l.stride, static_cast<std::size_t>(l.columns)};
+        return {host_logits_.as<float>() + i * l.stride, static_cast<std::size_t>(l.columns)};
     }
     std::string describe() const override {
         std::string text = "CUDA";
         for (const auto& lane : lanes_)
             text += ", " + lane->gpu.text() + ", sm_" + std::to_string(lane->gpu.major) + std::to_string(lane->gpu.minor) +
-                    ", " + std::to_string(lane->gpu.multiprocessors) + " multiprocessors";
-        if (!prompts_) text += ", prompts in steps of 8 tokens (no bf16 tensor cores)";
+                    ", " + std::to_string(lane->gpu.multiprocessors) + " multiprocessors" +
+                    (lane->gpu.tensor_cores() ? "" : ", prompts in steps of 8 tokens (no bf16 tensor cores)");
         const Share& share = ranks_[0]->share();
         if (share.ranks == 1) return text;
         return text + ", " +
@@ -2575,7 +2341,7 @@ public:
         on_the_way_ = 0;
         wait_all("step");                        // the tables may still be on their way to the last one
         if (std::exchange(unfinished_, true)) {  // an error in the last step: parts may be where they were not joined
-            each([&](CudaRank& r, bool) { r.empty_slots(0, 3); });
+            each([&](CudaRank& r) { r.empty_slots(0, 3); });
             wait_all("step");
             exchanges_ = 0, slot_rows_ = 0;
         }
@@ -2588,27 +2354,28 @@ public:
         if (transport_.kind == Transport::Kind::nccl) agree();
         const Buffers& b = ranks_[0]->buffers();
         const Activations activations{b.x, b.query, b.mixed, b.hidden, logits};
-        const auto run = [&] {
-            index_ = 0;
+        const auto pass = [&] {
+            index_ = 0, ends_.clear();
+            end({});
             forward(*this, weights(), activations, batch);
         };
-        const std::size_t i = static_cast<std::size_t>(n - 1);
+        const std::size_t i = n - 1;
         if (n <= matvec_rows && use_graphs_ && lanes_[0]->graphs[i].value) {
             if (!stop()) {
                 for (const auto& lane : lanes_)
-                    on(*lane,
-                       [&] { check(cudaGraphLaunch(lane->graphs[i].value, lane->stream.value), "cudaGraphLaunch", "step"); });
-                exchanges_ = (exchanges_ + 2 * static_cast<unsigned>(model_.config().n_layers)) % 3;
+                    on(*lane, [&] { LLAMA3_CHECK("step", cudaGraphLaunch(lane->graphs[i].value, lane->stream.value)); });
+                exchanges_ = (exchanges_ + 2 * model_.config().n_layers) % 3;
             }
         } else {
-            run();  // loads the kernels, which a capture must not do
+            pass();  // loads the kernels, which a capture must not do
             exchanges_ = (exchanges_ + index_) % 3;
-            if (n <= matvec_rows && use_graphs_ && !stop()) capture(i, run);
+            if (n <= matvec_rows && use_graphs_ && !stop()) capture(i, pass);
         }
         if (transport_.kind == Transport::Kind::peers) meet();  // the first has all logits then
         if (turn.owns_lock()) turn.unlock();
         // The work of few rows goes on while the host comes back for logits or a token; a prompt is waited for here.
-        if (n > matvec_rows || stop()) wait_all("step of " + std::to_string(n) + " tokens");
+        if (n > matvec_rows || options_.time_stages || stop()) wait_all("step of " + std::to_string(n) + " tokens");
+        add_times();
         device_logits_ = logits, on_the_way_ = wanted, unfinished_ = false;
         return !stop();
     }
@@ -2627,43 +2394,38 @@ public:
         return entry.token;
     }
 
+    StageTimes stage_times() const override { return times_; }
+
     // ── The stages ──
 
     void embed(Tensor x, const Matrix& table, const Batch&) override {
-        each([&](CudaRank& r, bool lead) { r.embed(lead ? x : r.buffers().x, lead ? table : r.weights().embedding); });
+        run(Stage::embed, [&](CudaRank& r) { r.embed(own(r, x, &Buffers::x), leads(r) ? table : r.weights().embedding); });
     }
     void project_qkv(Tensor query, Tensor x, const Layer& layer, const Batch&) override {
-        if (stop()) return;
-        each([&](CudaRank& r, bool lead) {
-            r.project_qkv(lead ? query : r.buffers().query, lead ? x : r.buffers().x, own(r, layer));
-        });
+        run(Stage::project_qkv,
+            [&](CudaRank& r) { r.project_qkv(own(r, query, &Buffers::query), own(r, x, &Buffers::x), own(r, layer)); });
     }
     void attend(Tensor mixed, Tensor query, const Layer& layer, const Batch& batch) override {
-        if (stop()) return;
-        each([&](CudaRank& r, bool lead) {
-            r.attend(lead ? mixed : r.buffers().mixed, lead ? query : r.buffers().query, own(r, layer), batch);
+        run(Stage::attend, [&](CudaRank& r) {
+            r.attend(own(r, mixed, &Buffers::mixed), own(r, query, &Buffers::query), own(r, layer), batch);
         });
     }
     void project_out(Tensor x, Tensor mixed, const Layer& layer) override {
-        add_product("project_out", x, layer, &Layer::attention_out, mixed, &Buffers::mixed);
+        add_product(Stage::project_out, x, layer, &Layer::attention_out, mixed, &Buffers::mixed);
     }
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
-        if (stop()) return;
-        each([&](CudaRank& r, bool lead) {
-            r.gate_up(lead ? hidden : r.buffers().hidden, lead ? x : r.buffers().x, own(r, layer));
-        });
+        run(Stage::gate_up,
+            [&](CudaRank& r) { r.gate_up(own(r, hidden, &Buffers::hidden), own(r, x, &Buffers::x), own(r, layer)); });
     }
     void down(Tensor x, Tensor hidden, const Layer& layer) override {
-        add_product("down", x, layer, &Layer::down, hidden, &Buffers::hidden);
+        add_product(Stage::down, x, layer, &Layer::down, hidden, &Buffers::hidden);
     }
     // Every rank of this process has some columns of the first one's rows.
     void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
-        if (stop() || logits.rows == 0) return;
-        each([&](CudaRank& r, bool lead) {
-            const Share& share = r.share();
+        run(Stage::logits, [&](CudaRank& r) {
             Tensor part = logits;
-            part.data += lead ? 0 : detail::border(model_.config().vocab_size, panel_rows, share.rank, share.ranks);
-            r.logits(part, lead ? x : r.buffers().x, lead ? weights : r.weights());
+            if (!leads(r)) part.data += detail::border(model_.config().vocab_size, panel_rows, r.share().rank, r.share().ranks);
+            if (logits.rows > 0) r.logits(part, own(r, x, &Buffers::x), leads(r) ? weights : r.weights());
         });
     }
 
@@ -2677,13 +2439,13 @@ public:
         for (const Row& row : batch.rows) capacity = std::max(capacity, row.cache->capacity());
         bool moved = false;
         std::size_t part = 0;
-        each([&](CudaRank& r, bool) {
+        each([&](CudaRank& r) {
             moved = r.reserve_splits(capacity) || moved;
             wanted = r.fill_tables(batch, part++, exchanges_);
         });
         if (transport_.kind == Transport::Kind::peers && n <= matvec_rows) {
             // The last exchange is still in its set, which the first one of this step empties for its own rows only.
-            if (n < slot_rows_) each([&](CudaRank& r, bool) { r.empty_slots((exchanges_ + 2) % 3, 1); });
+            if (n < slot_rows_) each([&](CudaRank& r) { r.empty_slots((exchanges_ + 2) % 3, 1); });
             slot_rows_ = n;
         }
         for (std::size_t i = 0; moved && i < lanes_.size(); ++i)
@@ -2704,10 +2466,19 @@ private:
     }
     template <class F>
     void each(const F& f) {
-        for (const auto& rank : ranks_) on(rank->lane(), [&] { f(*rank, rank == ranks_[0]); });
+        for (const auto& rank : ranks_) on(rank->lane(), [&] { f(*rank); });
     }
-    const Layer& own(const CudaRank& r, const Layer& layer) const {
-        return &r == ranks_[0].get() ? layer : r.weights().layers[static_cast<std::size_t>(layer.index)];
+    // What a stage is given belongs to the first rank; the others have their own.
+    bool leads(const CudaRank& r) const { return &r == ranks_[0].get(); }
+    Tensor own(const CudaRank& r, Tensor given, Tensor Buffers::*tensor) const {
+        return leads(r) ? given : r.buffers().*tensor;
+    }
+    const Layer& own(const CudaRank& r, const Layer& layer) const { return leads(r) ? layer : r.weights().layers[layer.index]; }
+    template <class F>
+    void run(Stage stage, const F& f) {
+        if (stop()) return;
+        each(f);
+        end(stage);
     }
     bool split_logits() const { return options_.communicator && ranks_[0]->share().ranks > 1; }
 
@@ -2730,121 +2501,122 @@ private:
     void wait_all(const std::string& where) const {
         for (const auto& lane : lanes_) wait(*lane, where);
     }
-    // Every lane waits for what all have been given so far.
+    // Every lane waits for what all have been given so far, by way of the first.
     void meet() {
-        if (lanes_.size() == 1) return;
-        for (const auto& lane : lanes_)
-            on(*lane, [&] { check(cudaEventRecord(lane->event.value, lane->stream.value), "cudaEventRecord", "ranks"); });
-        for (const auto& lane : lanes_)
-            for (const auto& other : lanes_)
-                if (lane != other)
-                    on(*lane, [&] {
-                        check(cudaStreamWaitEvent(lane->stream.value, other->event.value, 0), "cudaStreamWaitEvent", "ranks");
-                    });
+        const auto wait_for = [](const Lane& lane, const Lane& other) {
+            on(other, [&] { other.event.record(other.stream); });
+            on(lane, [&] { LLAMA3_CHECK("ranks", cudaStreamWaitEvent(lane.stream.value, other.event.value, 0)); });
+        };
+        for (std::size_t l = 1; l < lanes_.size(); ++l) wait_for(*lanes_[0], *lanes_[l]);
+        for (std::size_t l = 1; l < lanes_.size(); ++l) wait_for(*lanes_[l], *lanes_[0]);
+    }
+
+    // Options::time_stages: an event at the end of every stage, on the first GPU. A stage lasts from the end of the one before it.
+    struct End {
+        std::optional<Stage> stage;  // none: the step's beginning
+        Event event{cudaEventDefault};
+    };
+    void end(std::optional<Stage> stage) {
+        if (!options_.time_stages) return;
+        ends_.emplace_back().stage = stage;
+        ends_.back().event.record(lanes_[0]->stream);
+    }
+    void add_times() {
+        for (std::size_t i = 1; i < ends_.size(); ++i) {
+            float milliseconds = 0;
+            LLAMA3_CHECK("step", cudaEventElapsedTime(&milliseconds, ends_[i - 1].event.value, ends_[i].event.value));
+            times_[static_cast<std::size_t>(*ends_[i].stage)] += 1e-3 * static_cast<double>(milliseconds);
+        }
     }
 
     // x += Σ over ranks of W input
-    void add_product(const char* stage, Tensor x, const Layer& layer, Matrix Layer::*w, Tensor input,
-                     Tensor Buffers::*own_input) {
+    void add_product(Stage which, Tensor x, const Layer& layer, Matrix Layer::*w, Tensor input, Tensor Buffers::*own_input) {
         if (stop()) return;
-        const auto slots = [&](CudaRank& r) {
-            return Slots{r.buffers().slots, r.share().ranks, r.buffers().partial.stride, r.buffers().rows, index_};
-        };
-        const auto x_of = [&](CudaRank& r, bool lead) { return lead ? x : r.buffers().x; };
+        const char* stage = stage_names[static_cast<std::size_t>(which)];
         const int n = n_tokens();
         const bool one_shot = transport_.kind == Transport::Kind::peers && n <= matvec_rows;
-        float* to[most_ranks] = {};
-        for (std::size_t i = 0; one_shot && i < ranks_.size(); ++i) to[i] = ranks_[i]->buffers().slots;
-        each([&](CudaRank& r, bool lead) {
-            const Slots own_slots = slots(r);
-            r.product(stage, x_of(r, lead), own(r, layer).*w, lead ? input : r.buffers().*own_input,
-                      one_shot ? &own_slots : nullptr, to);
+        Partials parts{{}, static_cast<int>(ranks_.size())};
+        Slots all{{}, 0, parts.ranks, ranks_[0]->buffers().partial.stride, nullptr, index_};
+        for (std::size_t i = 0; i < ranks_.size(); ++i)
+            parts.of[i] = ranks_[i]->buffers().partial.data, all.of[i] = ranks_[i]->buffers().slots;
+        const auto slots = [&](const CudaRank& r) {
+            Slots own = all;
+            own.rank = r.share().rank, own.table = r.buffers().rows;
+            return own;
+        };
+        each([&](CudaRank& r) {
+            const Slots to = slots(r);
+            r.product(stage, own(r, x, &Buffers::x), own(r, layer).*w, own(r, input, own_input), one_shot ? &to : nullptr);
         });
+        end(which);
+        if (transport_.kind == Transport::Kind::none) return;
         if (one_shot) {
-            each([&](CudaRank& r, bool lead) { r.join(stage, x_of(r, lead), slots(r)); });
+            each([&](CudaRank& r) { r.join(stage, own(r, x, &Buffers::x), slots(r)); });
             ++index_;
         } else if (transport_.kind == Transport::Kind::peers) {
-            Partials parts{{}, static_cast<int>(ranks_.size())};
-            for (std::size_t i = 0; i < ranks_.size(); ++i) parts.of[i] = ranks_[i]->buffers().partial.data;
+            const int rows = div_up(n, parts.ranks);  // of a rank
             meet();
-            each([&](CudaRank& r, bool lead) { r.join(stage, x_of(r, lead), 0, n, parts); });
+            each([&](CudaRank& r) {
+                const int first = r.share().rank * rows;
+                Partials own_rows = parts;
+                for (int i = 0; i < parts.ranks; ++i) own_rows.of[i] += first * all.stride;
+                r.sum(stage, first, std::min(rows, n - first), own_rows);
+            });
+            meet();
+            each([&](CudaRank& r) { r.add(stage, own(r, x, &Buffers::x), parts, rows); });
             meet();  // before the parts are overwritten
-        } else if (transport_.kind == Transport::Kind::staged) {
-            for (int first = 0; first < n && !stopped_; first += staged_rows)
-                sum_on_host(first, std::min(staged_rows, n - first));
-            if (!stopped_) ranks_[0]->join(stage, x, 0, n, {{ranks_[0]->buffers().partial.data}, 1});
-        } else if (transport_.kind == Transport::Kind::nccl) {
-            if (n > matvec_rows) agree();
-            if (!stopped_) gather_parts(stage, x, n);
+        } else {
+            if (transport_.kind == Transport::Kind::staged) sum_on_host(n);
+            else gather_parts(stage, n);
+            if (!stopped_) ranks_[0]->add(stage, x, parts, n);
         }
+        end(Stage::communicate);
     }
     int n_tokens() const { return ranks_[0]->n_tokens(); }
 
-    // Rows of this rank's part become those of the sum.
-    void sum_on_host(int first, int n) {
+    // This rank's part becomes the sum, some rows at a time: on the host,
+    void sum_on_host(int n) {
         const Tensor part = ranks_[0]->buffers().partial;
-        const std::size_t count = static_cast<std::size_t>(n) * part.stride;
         float* const sum = staging_.as<float>();
-        copy_async(sum, part.row(first), count * sizeof(float), cudaMemcpyDeviceToHost, ranks_[0]->stream(), "sums over ranks");
-        wait_all("sums over ranks");
-        sum[count] = wish();  // travels with the sum
-        options_.communicator->all_reduce_sum({sum, count + 1});
-        stopped_ = sum[count] > 0;
-        copy_async(part.row(first), sum, count * sizeof(float), cudaMemcpyHostToDevice, ranks_[0]->stream(), "sums over ranks");
+        for (int first = 0; first < n && !stopped_; first += staged_rows) {
+            const std::size_t count = std::min(staged_rows, n - first) * part.stride, bytes = count * sizeof(float);
+            copy_async(sum, part.row(first), bytes, cudaMemcpyDeviceToHost, ranks_[0]->stream(), "sums over ranks");
+            wait_all("sums over ranks");
+            sum[count] = wish();  // travels with the sum
+            options_.communicator->all_reduce_sum({sum, count + 1});
+            stopped_ = sum[count] > 0;
+            copy_async(part.row(first), sum, bytes, cudaMemcpyHostToDevice, ranks_[0]->stream(), "sums over ranks");
+        }
     }
-
-    // The ranks' parts of as many rows at a time as the slots, which nothing else is in, have room for.
-    void gather_parts(const char* stage, Tensor x, int n) {
+    // or by NCCL, as many as the slots, which nothing else is in, have room for.
+    void gather_parts(const char* stage, int n) {
+        if (n > matvec_rows) agree();
         const Buffers& b = ranks_[0]->buffers();
-        const int ranks = ranks_[0]->share().ranks, room = 3 * Slots::rows;
-        for (int first = 0; first < n; first += room) {
+        constexpr int room = 3 * Slots::rows;
+        for (int first = 0; first < n && !stopped_; first += room) {
             const int rows = std::min(room, n - first);
-            const std::size_t count = static_cast<std::size_t>(rows) * b.partial.stride;
+            const std::size_t count = rows * b.partial.stride;
             nccl_->all_gather(stage, b.partial.row(first), b.slots, count, ranks_[0]->stream());
-            Partials parts{{}, ranks};
-            for (int r = 0; r < ranks; ++r) parts.of[r] = b.slots + static_cast<std::size_t>(r) * count;
-            ranks_[0]->join(stage, x, first, rows, parts);
+            Partials parts{{}, ranks_[0]->share().ranks};
+            for (int r = 0; r < parts.ranks; ++r) parts.of[r] = b.slots + r * count;
+            ranks_[0]->sum(stage, first, rows, parts);
         }
     }
 
     // One graph on each GPU, since each has a stream of its own in which nothing waits for another one's work but kernels.
-    void capture(std::size_t i, const std::function<void()>& run) {
-        std::vector<cudaGraph_t> captured(lanes_.size());
-        std::size_t begun = 0;
-        const auto end = [&] {
-            cudaError_t error = cudaSuccess;
-            for (std::size_t l = 0; l < begun; ++l)
-                if (const cudaError_t e = cudaStreamEndCapture(lanes_[l]->stream.value, &captured[l]); e != cudaSuccess)
-                    error = e;
-            return error;
-        };
-        const auto drop = [&] {
-            for (const cudaGraph_t graph : captured)
-                if (graph) cudaGraphDestroy(graph);
-        };
-        try {
-            for (; begun < lanes_.size(); ++begun)
-                check(cudaStreamBeginCapture(lanes_[begun]->stream.value, cudaStreamCaptureModeThreadLocal),
-                      "cudaStreamBeginCapture", "step");
-            run();
-        } catch (...) {
-            end();
-            drop();
-            throw;
-        }
-        cudaError_t error = end();
-        const char* call = "cudaStreamEndCapture";
-        for (std::size_t l = 0; l < lanes_.size() && error == cudaSuccess && !stop(); ++l) {
-            const UseGpu use(lanes_[l]->gpu.index);
-            call = "cudaGraphInstantiate";
-            error = cudaGraphInstantiate(&lanes_[l]->graphs[i].value, captured[l], 0);
-            if (error == cudaSuccess)  // now, not while kernels of other GPUs wait for it
-                error = cudaGraphUpload(lanes_[l]->graphs[i].value, lanes_[l]->stream.value);
-        }
-        drop();
-        if (error != cudaSuccess || stopped_)
-            for (const auto& lane : lanes_) lane->graphs[i].reset();
-        check(error, call, "step");
+    void capture(std::size_t i, const std::function<void()>& pass) {
+        std::deque<Capture> captures;
+        for (const auto& lane : lanes_) captures.emplace_back(lane->stream);
+        pass();
+        for (Capture& c : captures) c.end();
+        std::vector<Graph> graphs(lanes_.size());
+        for (std::size_t l = 0; l < lanes_.size(); ++l)
+            on(*lanes_[l], [&] {
+                LLAMA3_CHECK("step", cudaGraphInstantiate(&graphs[l].value, captures[l].value, 0));
+                // now, not while kernels of other GPUs wait for it
+                LLAMA3_CHECK("step", cudaGraphUpload(graphs[l].value, lanes_[l]->stream.value));
+            });
+        for (std::size_t l = 0; l < lanes_.size() && !stop(); ++l) std::swap(lanes_[l]->graphs[i].value, graphs[l].value);
     }
 
     // All GPUs get the work of sessions in the same order, and memory is freed, which waits for a GPU, in between: the ranks of a
@@ -2854,7 +2626,7 @@ private:
     Options options_;
     Transport transport_;
     std::shared_ptr<const Nccl> nccl_;
-    bool prompts_, use_graphs_, stopped_ = false;
+    bool use_graphs_, stopped_ = false;
     int max_rows_;
     std::vector<std::unique_ptr<Lane>> lanes_;
     std::vector<std::unique_ptr<CudaRank>> ranks_;
@@ -2866,6 +2638,8 @@ private:
     unsigned exchanges_ = 0, index_ = 0;  // sums through the slots: before this step, modulo 3, and in it
     int slot_rows_ = 0;                   // of the last of them, or more
     bool unfinished_ = false;             // the last step ended with an error
+    std::deque<End> ends_;                // of the stages of the last step, where they are timed
+    StageTimes times_{};
     const std::atomic<bool>* cancel_ = nullptr;
 };
 
@@ -2875,15 +2649,15 @@ class CudaDevice final : public Device {
 public:
     CudaDevice(const std::vector<int>& gpus, Progress progress) : progress_(std::move(progress)) {
         int driver = 0, runtime = 0, count = 0;
-        check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion", "driver");
-        check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion", "runtime");
+        LLAMA3_CHECK("driver", cudaDriverGetVersion(&driver));
+        LLAMA3_CHECK("runtime", cudaRuntimeGetVersion(&runtime));
         const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
         if (driver / 1000 < runtime / 1000)  // within a major version drivers are compatible
             fail(Code::device, driver == 0 ? "CUDA, driver: there is none (found no NVIDIA driver, expected one for CUDA " +
                                                  version(runtime) + "). Install it, or use the CPU."
                                            : "CUDA, driver: too old (found one for CUDA " + version(driver) + ", expected " +
                                                  version(runtime) + "). " + advice(cudaErrorInsufficientDriver));
-        check(cudaGetDeviceCount(&count), "cudaGetDeviceCount", "devices");
+        LLAMA3_CHECK("devices", cudaGetDeviceCount(&count));
         if (gpus.empty() || gpus.size() > most_ranks)
             fail(Code::argument, "cuda: the number of GPUs is out of range (found " + std::to_string(gpus.size()) +
                                      ", expected 1 to " + std::to_string(most_ranks) + "). Name them, as in cuda:0,1.");
@@ -2895,6 +2669,9 @@ public:
         Options options = given;
         if (options.ranks == 1) options.communicator = nullptr;
         const bool alone = !options.communicator;  // in one process
+        if (options.kv != Format::bf16 && options.kv != Format::q8)
+            fail(Code::argument, std::string("CUDA: a key/value cache in this format is not supported (found ") +
+                                     format_name(options.kv) + ", expected bf16 or q8). Leave --kv out, or use the CPU.");
         if (c.head_dim != 64 && c.head_dim != 128)
             fail(Code::argument, "CUDA: heads of this width are not supported (found " + std::to_string(c.head_dim) +
                                      ", expected 64 or 128). Use the CPU.");
@@ -2912,47 +2689,44 @@ public:
             return detail::open_in_process(*this, model, options);
         }
         const UseGpu use(gpu_of(shares[0]).index);
-        std::vector<std::shared_ptr<const DeviceWeights>> weights;
+        std::vector<CudaBackend::Place> places;
         std::map<int, std::uint64_t> needed;
         std::uint64_t done = 0, total = 0;  // of the weights that are not there yet
         for (const Share& share : shares) {
-            check_widths(gpu_of(share), share.weights);
-            const std::uint64_t bytes = DeviceWeights::bytes_of(share);
-            weights.push_back(known(model, share).lock());
-            total += weights.back() ? 0 : bytes;
-            needed[gpu_of(share).index] += (weights.back() ? 0 : bytes) + cache_bytes(share.config, options) +
-                                           CudaBackend::bytes(share.config, options, gpu_of(share).tensor_cores());
+            const Gpu& gpu = gpu_of(share);
+            check_widths(gpu, share.weights);
+            places.push_back({gpu, known(model, share).lock()});
+            const std::uint64_t bytes = places.back().weights ? 0 : DeviceWeights::bytes_of(share);
+            total += bytes;
+            needed[gpu.index] += bytes + cache_bytes(share.config, options) + activations_bytes(share.config, options);
         }
-        for (const Share& share : shares) {
-            const UseGpu own(gpu_of(share).index);
-            check_free(gpu_of(share), "the model", needed[gpu_of(share).index]);
+        for (const CudaBackend::Place& place : places) {
+            const UseGpu own(place.gpu.index);
+            check_free(place.gpu, "the model", needed[place.gpu.index]);
         }
-        std::vector<CudaBackend::Place> places;
         for (std::size_t i = 0; i < shares.size(); ++i) {
-            const Gpu& gpu = gpu_of(shares[i]);
+            auto& [gpu, weights] = places[i];
+            if (weights) continue;
             const UseGpu own(gpu.index);
-            const std::uint64_t bytes = DeviceWeights::bytes_of(shares[i]);
-            if (!weights[i]) {
-                const Progress progress = [&](std::uint64_t n, std::uint64_t) { progress_(done + n, total); };
-                weights[i] = std::make_shared<const DeviceWeights>(model, shares[i], gpu, progress_ ? progress : Progress());
-                known(model, shares[i]) = weights[i], done += bytes;
-            }
-            places.push_back({gpu, weights[i]});
+            const Progress progress = [&](std::uint64_t n, std::uint64_t) { progress_(done + n, total); };
+            weights = std::make_shared<const DeviceWeights>(model, shares[i], gpu, progress_ ? progress : Progress());
+            known(model, shares[i]) = weights, done += DeviceWeights::bytes_of(shares[i]);
         }
         std::shared_ptr<const Nccl> nccl;
         Transport transport = transport_of(options, why_not);
         if (transport.kind == Transport::Kind::nccl && !(nccl = nccl_.lock()))
             nccl_ = nccl = std::make_shared<const Nccl>(*options.communicator);
-        return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl), turn_);
+        return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl), turn_,
+                                             rows_of(options));
     }
     std::uint64_t cache_bytes(const Config& config, const Options& options) const override {
         return cache_shape(config, options.kv).bytes(options.context);
     }
     std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
-        return CudaBackend::bytes(config, options, gpus_[0].tensor_cores());
+        return CudaBackend::bytes(config, options, rows_of(options));
     }
     std::uint64_t memory_bytes() const override { return gpus_[0].memory_bytes; }
-    int ranks() const override { return static_cast<int>(gpus_.size()); }
+    int ranks() const override { return gpus_.size(); }
     const Gpu& gpu() const { return gpus_[0]; }
 
 private:
@@ -2964,7 +2738,7 @@ private:
         Gpu gpu;
         gpu.index = index;
         cudaDeviceProp properties{};
-        check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties", gpu.text());
+        LLAMA3_CHECK(gpu.text(), cudaGetDeviceProperties(&properties, index));
         gpu.name = properties.name, gpu.major = properties.major, gpu.minor = properties.minor;
         gpu.memory_bytes = properties.totalGlobalMem;
         gpu.multiprocessors = std::max(1, properties.multiProcessorCount);
@@ -2974,11 +2748,16 @@ private:
             fail(Code::device, gpu.text() + ": too old (found " + version + ", expected sm_75 or later). Use the CPU.");
         const UseGpu use(index);
         cudaFuncAttributes attributes{};
-        check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pack_rows)), "cudaFuncGetAttributes",
-              gpu.text() + ", " + version);
+        LLAMA3_CHECK(gpu.text() + ", " + version, cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pack_rows)));
         return gpu;
     }
-    const Gpu& gpu_of(const Share& share) const { return gpus_[static_cast<std::size_t>(share.rank) % gpus_.size()]; }
+    const Gpu& gpu_of(const Share& share) const { return gpus_[share.rank % gpus_.size()]; }
+    // The most rows of a step: without bf16 tensor cores no prompts but those of matrix x vector.
+    int rows_of(const Options& options) const {
+        const bool prompts = std::ranges::all_of(gpus_, &Gpu::tensor_cores);
+        return std::max(matvec_rows,
+                        prompts ? std::min({options.chunk, options.context, 16384}) : 0);  // a grid's y has 16 bits
+    }
     std::weak_ptr<const DeviceWeights>& known(const Model& model, const Share& share) {
         return weights_[{&model.impl(), share.rank, share.ranks}];
     }
@@ -3001,26 +2780,23 @@ private:
         check_matrix("output", weights.output);
     }
 
-    // Whether two ranks have the same GPU, with which NCCL cannot work: rank 0 finds out, and all do as it says.
+    // Whether two ranks have the same GPU, with which NCCL cannot work.
     bool shared_gpu(Communicator& communicator) const {
-        const Gpu& gpu = gpus_[static_cast<std::size_t>(communicator.rank()) % gpus_.size()];
+        const Gpu& gpu = gpus_[communicator.rank() % gpus_.size()];
         cudaDeviceProp properties{};
-        check(cudaGetDeviceProperties(&properties, gpu.index), "cudaGetDeviceProperties", gpu.text());
-        std::array<float, sizeof properties.uuid.bytes / 2> own;  // 16 bits each, which floats hold exactly
-        std::array<std::uint16_t, own.size()> words;
-        std::memcpy(words.data(), properties.uuid.bytes, sizeof words);
-        std::copy(words.begin(), words.end(), own.begin());
-        std::vector<float> all(communicator.rank() == 0 ? own.size() * static_cast<std::size_t>(communicator.ranks()) : 0);
-        communicator.gather(own, all);
+        LLAMA3_CHECK(gpu.text(), cudaGetDeviceProperties(&properties, gpu.index));
+        std::uint16_t words[sizeof properties.uuid.bytes / 2];  // which floats hold exactly
+        std::memcpy(words, properties.uuid.bytes, sizeof words);
+        std::vector<float> all(std::size(words) * communicator.ranks());
+        std::ranges::copy(words, all.begin() + std::size(words) * communicator.rank());
+        communicator.all_reduce_sum(all);
         std::set<std::vector<float>> different;
-        for (auto at = all.begin(); at != all.end(); at += own.size()) different.emplace(at, at + own.size());
-        std::vector<std::byte> shared{std::byte{different.size() < all.size() / own.size()}};
-        communicator.broadcast(shared);
-        return shared == std::vector{std::byte{1}};
+        for (auto at = all.begin(); at != all.end(); at += std::size(words)) different.emplace(at, at + std::size(words));
+        return static_cast<int>(different.size()) < communicator.ranks();
     }
     Transport transport_of(const Options& options, const std::string& why_not) const {
         using Kind = Transport::Kind;
-        const std::size_t n = std::min(gpus_.size(), static_cast<std::size_t>(options.ranks));
+        const std::size_t n = std::min<std::size_t>(gpus_.size(), options.ranks);
         if (options.ranks == 1) return {};
         if (options.communicator) {
             const std::string why = !why_not.empty()                    ? why_not
@@ -3034,7 +2810,7 @@ private:
     }
     // Why some two of the GPUs of so many ranks cannot work together, or nothing. An error of a test is no verdict.
     std::string veto(int ranks, bool test) {
-        const std::span used(gpus_.data(), std::min(static_cast<std::size_t>(ranks), gpus_.size()));
+        const std::span used(gpus_.data(), std::min<std::size_t>(ranks, gpus_.size()));
         for (const Gpu& from : used)
             for (const Gpu& to : used) {
                 auto known = vetoes_.find({from.index, to.index});
@@ -3049,7 +2825,7 @@ private:
     static std::string veto_of(const Gpu& from, const Gpu& to) {
         const std::string pair = from.text() + " and " + to.text();
         int can = 0;
-        check(cudaDeviceCanAccessPeer(&can, from.index, to.index), "cudaDeviceCanAccessPeer", pair);
+        LLAMA3_CHECK(pair, cudaDeviceCanAccessPeer(&can, from.index, to.index));
         if (!can) return from.text() + " cannot reach the memory of " + to.text();
         const UseGpu use(from.index);
         const cudaError_t error = cudaDeviceEnablePeerAccess(to.index, 0);
@@ -3059,22 +2835,22 @@ private:
 
         constexpr unsigned blocks = 16, n = blocks * join_threads * 4, seed = 1000000;
         std::vector<float> sent(n), found(n);
-        for (unsigned i = 0; i < n; ++i) sent[i] = static_cast<float>(i);
+        for (unsigned i = 0; i < n; ++i) sent[i] = i;
         const Memory copy(Memory::Kind::device, n * sizeof(float), "test of " + pair);
         const auto there = [&] {
             const UseGpu other(to.index);
             return Memory(Memory::Kind::device, 2 * n * sizeof(float), "test of " + pair);
         }();
         float* const source = there.as<float>();
-        check(cudaMemcpy(source, sent.data(), n * sizeof(float), cudaMemcpyHostToDevice), "cudaMemcpy", pair);
-        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", pair);
+        LLAMA3_CHECK(pair, cudaMemcpy(source, sent.data(), n * sizeof(float), cudaMemcpyHostToDevice));
+        LLAMA3_CHECK(pair, cudaDeviceSynchronize());
         launch("test of peers", probe_peer, blocks, join_threads, 0, cudaStream_t{}, source + n, source, copy.as<float>(),
                seed);
-        check(cudaDeviceSynchronize(), "cudaDeviceSynchronize", pair);
-        check(cudaMemcpy(found.data(), copy.data(), n * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy", pair);
+        LLAMA3_CHECK(pair, cudaDeviceSynchronize());
+        LLAMA3_CHECK(pair, cudaMemcpy(found.data(), copy.data(), n * sizeof(float), cudaMemcpyDeviceToHost));
         if (found != sent) return from.text() + " loads something else from " + to.text() + " than is there";
         for (float& x : sent) x += seed;
-        check(cudaMemcpy(found.data(), source + n, n * sizeof(float), cudaMemcpyDeviceToHost), "cudaMemcpy", pair);
+        LLAMA3_CHECK(pair, cudaMemcpy(found.data(), source + n, n * sizeof(float), cudaMemcpyDeviceToHost));
         return found == sent ? "" : "what " + from.text() + " stores in " + to.text() + " does not arrive";
     }
 
@@ -3094,4 +2870,5 @@ std::shared_ptr<Device> cuda(const std::vector<int>& gpus, const std::function<v
 
 }  // namespace llama3
 
+#undef LLAMA3_CHECK
 #endif  // LLAMA3_KERNELS_CUH
