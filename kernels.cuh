@@ -934,7 +934,7 @@ __device__ __forceinline__ void for_positions(const CacheView& view, std::size_t
 }
 
 template <class C, int head_dim, int heads>
-__global__ void __launch_bounds__(attend_threads, 1) attend_split(Attend a) {
+__global__ void __launch_bounds__(attend_threads, 2) attend_split(Attend a) {
     static_assert(attend_warps * head_dim >= attention_segment && heads <= attend_warps);
     constexpr int lanes = head_dim / 8, per_warp = 32 / lanes;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, part = lane % lanes;
@@ -2288,10 +2288,6 @@ public:
         ends_.clear(), ranks_.clear(), lanes_.clear();
     }
 
-    static std::size_t bytes(const Config& config, const Options& options, int max_rows) {
-        return Buffers::bytes(config, options.ranks, max_rows) + split_bytes(config, splits_of(options.context));
-    }
-
     std::unique_ptr<KVCache> make_cache() override {
         std::map<int, std::uint64_t> needed;
         const auto bytes = [&](const CudaRank& r) {
@@ -2723,7 +2719,7 @@ public:
         return cache_shape(config, options.kv).bytes(options.context);
     }
     std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
-        return CudaBackend::bytes(config, options, rows_of(options));
+        return Buffers::bytes(config, options.ranks, rows_of(options)) + split_bytes(config, splits_of(options.context));
     }
     std::uint64_t memory_bytes() const override { return gpus_[0].memory_bytes; }
     int ranks() const override { return gpus_.size(); }

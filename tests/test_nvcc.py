@@ -24,8 +24,7 @@ LIMITS = [  # the first that matches the name
     (r"matvec<\w+, 1,", 64),  # 512 threads, 2 blocks
     (r"matvec<(F32|Bf16)Weights, 2,", 64),
     (r"matvec<", 128),
-    (r"attend_split<\w+, \d+, 4>", 128),  # 256 threads, 2 blocks
-    (r"attend_split<", 168),
+    (r"attend_split<", 128),  # 256 threads, 2 blocks
     (r"flash_attention<", 255),  # 128 threads, 2 blocks
     (r"draw_token", 64),
     (r"join_slots<(8|16)>", 128),  # 128 threads; 8 or 16 parts of 4 columns in flight together
