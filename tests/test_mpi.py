@@ -244,6 +244,7 @@ class Endings(unittest.TestCase):
     def test_ctrl_c_ends_all(self):
         job = self.talking(2)
         job.process.send_signal(signal.SIGINT)
+        job.process.wait(PATIENCE)  # before the end of input, which would end it too
         self.assertNotEqual(job.end()[0], 0)
 
     def test_a_rank_that_stands_still_is_waited_for_as_long_as_is_allowed(self):
