@@ -6020,10 +6020,12 @@ void Model::verify() const {
     }
 }
 
-// A hash of what the file says of itself: configuration, tokenizer, tensors and their checksums.
+// A hash of what the file says of itself (configuration, tokenizer, tensors and their checksums) and, as random weights have no
+// checksums, of where the embedding table begins, which all ranks have.
 std::uint64_t detail::identity_of(const Model& model) {
     std::string identity = LLAMA3_VERSION;
     for (const auto& section : model.impl().sections) append(identity, section.bytes, section.checksum);
+    identity.append(reinterpret_cast<const char*>(model.weights().embedding.data), 64);
     return blake2b(std::as_bytes(std::span(identity)));
 }
 
