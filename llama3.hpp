@@ -4874,8 +4874,7 @@ class LocalRanks final : public Backend {
 public:
     LocalRanks(Device& device, const Model& model, const Options& options)
         : vocabulary_(static_cast<std::size_t>(model.config().vocab_size)), communicators_(ranks_in_process(options.ranks)),
-          backends_(communicators_.size()), failures_(communicators_.size()), batches_(communicators_.size()),
-          team_(options.ranks) {
+          backends_(communicators_.size()), batches_(communicators_.size()), team_(options.ranks) {
         if (team_.threads() != options.ranks)
             fail(Code::memory, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
                  std::to_string(options.ranks), "Use fewer ranks");
@@ -4921,34 +4920,30 @@ private:
         std::vector<std::unique_ptr<KVCache>> parts;  // of each rank
         int capacity() const override { return parts[0]->capacity(); }
     };
-    // f(rank) on every rank's thread. One that fails frees the others from waiting for it, and is the one to be heard of.
+    // f(rank) on every rank's thread. One that fails frees the others from waiting for it; the first is the one to be heard of.
     template <class F>
     void on_all(const F& f) {
-        first_failure_ = -1;
         team_.run(barrier_, [&](int rank, int) {
             try {
                 f(static_cast<std::size_t>(rank));
             } catch (...) {
-                int none = -1;
-                failures_[static_cast<std::size_t>(rank)] = std::current_exception();
-                first_failure_.compare_exchange_strong(none, rank);
+                if (!failed_.test_and_set()) failure_ = std::current_exception();
                 communicators_[0]->abort();
             }
         });
-        if (first_failure_ < 0) return;
+        if (!failure_) return;
+        failed_.clear();
         communicators_[0]->mend();
-        const std::exception_ptr failure = failures_[static_cast<std::size_t>(first_failure_)];
-        std::ranges::fill(failures_, nullptr);
-        std::rethrow_exception(failure);
+        std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     std::size_t vocabulary_;
     std::vector<std::shared_ptr<InProcess>> communicators_;
     std::vector<std::unique_ptr<Backend>> backends_;
-    std::vector<std::exception_ptr> failures_;
     std::vector<std::vector<Row>> batches_;
     std::vector<float> logits_;
-    std::atomic<int> first_failure_{-1};
+    std::atomic_flag failed_;
+    std::exception_ptr failure_;
     Barrier barrier_;
     ThreadTeam team_;
 };
@@ -5270,10 +5265,6 @@ public:
             MPI_Get_count(&status, MPI_FLOAT, &count);
             to += count;
         }
-        if (to == whole.end()) return;
-        lost_step = true;
-        fail(Code::device, "rank 0, a gather", "the parts do not fit together", to_text(to - whole.begin(), " numbers"),
-             to_text(whole.size()), "Run the same version of the program on all ranks");
     }
     void broadcast(std::vector<std::byte>& message) override {
         std::uint64_t bytes = message.size();
