@@ -4760,10 +4760,12 @@ std::uint64_t bytes_of(const Share& share) {
 
 void join_ranks(float* out, std::span<const float* const> parts, std::size_t n) {
     constexpr std::size_t block = 256;  // keeps the tree's nodes in the cache
-    std::vector<std::array<float, block>> nodes(parts.size());
+    std::vector<std::array<float, block>> nodes((parts.size() + 1) / 2);
     for (std::size_t first = 0; first < n; first += block) {
         const std::size_t count = std::min(block, n - first);
-        for (std::size_t r = 0; r < parts.size(); ++r) std::copy_n(parts[r] + first, count, nodes[r].begin());
+        for (std::size_t r = 0; r < parts.size(); r += 2)
+            for (std::size_t i = 0; i < count; ++i)
+                nodes[r / 2][i] = r + 1 < parts.size() ? parts[r][first + i] + parts[r + 1][first + i] : parts[r][first + i];
         for (std::size_t left = nodes.size(); left > 1; left = (left + 1) / 2)
             for (std::size_t r = 0; r < left; r += 2)
                 for (std::size_t i = 0; i < count; ++i)
