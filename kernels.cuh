@@ -2796,8 +2796,8 @@ private:
         if (options.ranks == 1) return {};
         if (options.communicator) {
             const std::string why = !why_not.empty()                    ? why_not
-                                    : !with_nccl                        ? "NCCL is not compiled in"
                                     : shared_gpu(*options.communicator) ? "ranks share a GPU"
+                                    : !with_nccl                        ? "NCCL is not compiled in"
                                                                         : "";
             return why.empty() ? Transport{Kind::nccl, "by NCCL"} : Transport{Kind::staged, "through the host, because " + why};
         }

@@ -625,6 +625,8 @@ public:
     virtual void barrier() = 0;
     virtual void abort() noexcept = 0;  // this rank gives up, so the others must not wait for it: with MPI all processes end
     virtual std::string describe() const = 0;  // the transport
+
+    bool lost_step = false;  // after a failure between ranks nobody knows what the others wait for: only abort() is left
 };
 
 // out[i] = the sum of parts[rank][i] by a binary tree over the ranks: (0 + 1) + (2 + 3), ... The same bits for every number of
@@ -4875,8 +4877,7 @@ class LocalRanks final : public Backend {
 public:
     LocalRanks(Device& device, const Model& model, const Options& options)
         : vocabulary_(static_cast<std::size_t>(model.config().vocab_size)), communicators_(ranks_in_process(options.ranks)),
-          backends_(communicators_.size()), failures_(communicators_.size()), batches_(communicators_.size()),
-          team_(options.ranks) {
+          backends_(communicators_.size()), batches_(communicators_.size()), team_(options.ranks) {
         if (team_.threads() != options.ranks)
             fail(Code::memory, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
                  std::to_string(options.ranks), "Use fewer ranks");
@@ -4922,40 +4923,35 @@ private:
         std::vector<std::unique_ptr<KVCache>> parts;  // of each rank
         int capacity() const override { return parts[0]->capacity(); }
     };
-    // f(rank) on every rank's thread. One that fails frees the others from waiting for it, and is the one to be heard of.
+    // f(rank) on every rank's thread. One that fails frees the others from waiting for it; the first is the one to be heard of.
     template <class F>
     void on_all(const F& f) {
-        first_failure_ = -1;
         team_.run(barrier_, [&](int rank, int) {
             try {
                 f(static_cast<std::size_t>(rank));
             } catch (...) {
-                int none = -1;
-                failures_[static_cast<std::size_t>(rank)] = std::current_exception();
-                first_failure_.compare_exchange_strong(none, rank);
+                if (!failed_.test_and_set()) failure_ = std::current_exception();
                 communicators_[0]->abort();
             }
         });
-        if (first_failure_ < 0) return;
+        if (!failure_) return;
+        failed_.clear();
         communicators_[0]->mend();
-        const std::exception_ptr failure = failures_[static_cast<std::size_t>(first_failure_)];
-        std::ranges::fill(failures_, nullptr);
-        std::rethrow_exception(failure);
+        std::rethrow_exception(std::exchange(failure_, nullptr));
     }
 
     std::size_t vocabulary_;
     std::vector<std::shared_ptr<InProcess>> communicators_;
     std::vector<std::unique_ptr<Backend>> backends_;
-    std::vector<std::exception_ptr> failures_;
     std::vector<std::vector<Row>> batches_;
     std::vector<float> logits_;
-    std::atomic<int> first_failure_{-1};
+    std::atomic_flag failed_;
+    std::exception_ptr failure_;
     Barrier barrier_;
     ThreadTeam team_;
 };
 
 std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, const Options& options) {
-    share_of(model.config(), model.weights(), 0, options.ranks);  // for its error
     return std::make_unique<LocalRanks>(device, model, options);
 }
 
@@ -4963,9 +4959,9 @@ std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, con
 
 // What rank 0 tells the others; `count` rows follow a step. Back ends and caches are known by where they are on rank 0.
 struct Command {
-    enum class Kind : std::uint32_t { open, close, make_cache, free_cache, step, logits, candidates } kind;
+    enum class Kind : std::uint32_t { compare, open, make_cache, forget, step, gather } kind;
     Format kv;
-    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates
+    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates (0: all logits)
     std::uint64_t backend, cache;
 };
 struct CommandRow {
@@ -4974,15 +4970,22 @@ struct CommandRow {
 };
 std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr_t>(object); }
 
+void check_in_step(const Communicator& communicator) {
+    if (communicator.lost_step)
+        fail(Code::device, "rank " + std::to_string(communicator.rank()), "the ranks have lost step", "an earlier failure", "none",
+             "Let all ranks end: Communicator::abort()");
+}
+
 void tell(Communicator& communicator, const Command& command, std::span<const CommandRow> rows = {}) {
+    check_in_step(communicator);
     std::vector<std::byte> message(sizeof command + rows.size_bytes());
     std::memcpy(message.data(), &command, sizeof command);
     if (!rows.empty()) std::memcpy(message.data() + sizeof command, rows.data(), rows.size_bytes());
     communicator.broadcast(message);
 }
 
-// Rank 0 compares what the others have loaded, by four numbers of 16 bits, which floats hold exactly.
-void check_same_model(Communicator& communicator, const Model& model) {
+// The ranks that have loaded something else than rank 0, as rank 0 finds out by four numbers of 16 bits, which floats hold exactly.
+std::string ranks_that_differ(Communicator& communicator, const Model& model) {
     std::uint64_t hash = identity_of(model);
     std::array<float, 4> words;
     for (float& word : words) word = static_cast<float>(hash & 0xffff), hash >>= 16;
@@ -4992,22 +4995,23 @@ void check_same_model(Communicator& communicator, const Model& model) {
     for (std::size_t i = 0; i < all.size(); i += words.size())
         if (!std::equal(words.begin(), words.end(), all.begin() + static_cast<std::ptrdiff_t>(i)))
             others += (others.empty() ? "" : ", ") + std::to_string(i / words.size());
-    if (!others.empty())
-        fail(Code::format, "model", "not all ranks have the same model and version",
-             "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
+    return others;
 }
 
-// The best k logits of a rank's part of a row: [k] values and [k] ids as floats, which are exact up to 2^24. NaN is no logit, as
-// in Sampler::sample; what is missing is NaN.
+// The best k logits of a rank's part of a row, each followed by its id, which floats hold exactly up to 2^24. NaN is no logit, as in
+// Sampler::sample; what is missing is NaN.
 std::vector<float> best_candidates(std::span<const float> logits, int first_id, int k) {
     std::vector<Candidate> best;
     for (std::size_t i = 0; i < logits.size(); ++i)
         if (logits[i] == logits[i]) best.emplace_back(logits[i], first_id + static_cast<int>(i));
-    const auto n = std::min(best.size(), static_cast<std::size_t>(k));
-    std::partial_sort(best.begin(), best.begin() + static_cast<std::ptrdiff_t>(n), best.end(), more_likely);
-    std::vector<float> flat(2 * static_cast<std::size_t>(k), std::numeric_limits<float>::quiet_NaN());
-    for (std::size_t i = 0; i < n; ++i)
-        flat[i] = best[i].first, flat[static_cast<std::size_t>(k) + i] = static_cast<float>(best[i].second);
+    const auto last = best.begin() + static_cast<std::ptrdiff_t>(std::min(best.size(), static_cast<std::size_t>(k)));
+    std::partial_sort(best.begin(), last, best.end(), more_likely);
+    std::vector<float> flat;
+    for (auto candidate = best.begin(); candidate != last; ++candidate) {
+        flat.push_back(candidate->first);
+        flat.push_back(static_cast<float>(candidate->second));
+    }
+    flat.resize(2 * static_cast<std::size_t>(k), std::numeric_limits<float>::quiet_NaN());
     return flat;
 }
 
@@ -5019,18 +5023,16 @@ public:
         if (communicator_->rank() != 0)
             fail(Code::argument, "Session", "this process is not the one that leads",
                  "rank " + std::to_string(communicator_->rank()), "rank 0", "Call follow() here");
+        std::string others;
+        together(about(Command::Kind::compare), {}, [&] { others = ranks_that_differ(*communicator_, model); });
+        if (!others.empty())
+            fail(Code::format, "model", "not all ranks have the same model and version",
+                 "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
         Command command = about(Command::Kind::open);
         command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
-        tell(*communicator_, command);
-        try {
-            check_same_model(*communicator_, model);
-            backend_ = device.open(model, options);
-        } catch (...) {
-            tell_quietly(*communicator_, about(Command::Kind::close));
-            throw;
-        }
+        together(command, {}, [&] { backend_ = device.open(model, options); });
     }
-    ~LeadBackend() override { tell_quietly(*communicator_, about(Command::Kind::close)); }
+    ~LeadBackend() override { forget(*communicator_, about(Command::Kind::forget)); }
 
     std::unique_ptr<KVCache> make_cache() override {
         auto cache = std::make_unique<Cache>(communicator_);
@@ -5055,7 +5057,7 @@ public:
     std::span<const float> logits(int i) const override {
         if (row_ == i) return whole_;
         whole_.resize(vocabulary_);
-        together(about(Command::Kind::logits, i), {}, [&] { communicator_->gather(backend_->logits(i), whole_); });
+        together(about(Command::Kind::gather, i), {}, [&] { communicator_->gather(backend_->logits(i), whole_); });
         row_ = i;
         return whole_;
     }
@@ -5077,48 +5079,49 @@ private:
         explicit Cache(std::shared_ptr<Communicator> c) : communicator(std::move(c)) {}
         ~Cache() override {
             Command command{};
-            command.kind = Command::Kind::free_cache, command.cache = name_of(this);
-            tell_quietly(*communicator, command);
+            command.kind = Command::Kind::forget, command.cache = name_of(this);
+            forget(*communicator, command);
         }
         int capacity() const override { return local->capacity(); }
     };
     // Tells the others and does the same here. What fails here has perhaps not failed there: nobody knows what to wait for then.
     template <class F>
     void together(const Command& command, std::span<const CommandRow> rows, const F& f) const {
-        if (lost_step_)
-            fail(Code::device, "rank 0", "the ranks have lost step", "an earlier failure", "none",
-                 "Let all ranks end: Communicator::abort()");
-        lost_step_ = true;
-        tell(*communicator_, command, rows);
-        f();
-        lost_step_ = false;
+        try {
+            tell(*communicator_, command, rows);
+            f();
+        } catch (...) {
+            communicator_->lost_step = true;
+            throw;
+        }
+    }
+    static void forget(Communicator& communicator, const Command& command) noexcept {
+        try {
+            tell(communicator, command);
+        } catch (...) {  // the others are gone: nothing is left to be freed there
+        }
     }
     // Fills whole_ with the best n of each rank, the rest NaN. The top-k are among them: two logits may round to one probability,
     // but where the last of a rank is below the k-th of all, so is what the rank has not sent. False where that is not so.
     bool gather_candidates(int i, int n, const Sampling& sampling) {
         const std::size_t count = static_cast<std::size_t>(n);
-        std::vector<float> gathered(2 * count * static_cast<std::size_t>(communicator_->ranks())), probabilities, last;
+        std::vector<float> gathered(2 * count * static_cast<std::size_t>(communicator_->ranks())), probabilities;
         const std::vector<float> own = best_candidates(backend_->logits(i), 0, n);
-        together(about(Command::Kind::candidates, i, n), {}, [&] { communicator_->gather(own, gathered); });
+        together(about(Command::Kind::gather, i, n), {}, [&] { communicator_->gather(own, gathered); });
         row_ = -1;
         whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
-        for (std::size_t at = 0; at < gathered.size(); at += at % count == count - 1 ? count + 1 : 1)
-            if (gathered[at] == gathered[at]) whole_[static_cast<std::size_t>(gathered[at + count])] = gathered[at];
+        for (std::size_t at = 0; at < gathered.size(); at += 2)
+            if (gathered[at] == gathered[at]) whole_[static_cast<std::size_t>(gathered[at + 1])] = gathered[at];
         if (n == 1) return true;
         const float best = largest(whole_, "Sampler::sample");
-        for (std::size_t at = 0; at < gathered.size(); at += at % count == count - 1 ? count + 1 : 1) {
+        for (std::size_t at = 0; at < gathered.size(); at += 2)
             probabilities.push_back(relative_probability(gathered[at], best, sampling.temperature));
-            if (at % count == count - 1) last.push_back(probabilities.back());
-        }
-        std::ranges::nth_element(probabilities, probabilities.begin() + (n - 2), std::greater<float>());
-        const float border = probabilities[count - 2];
-        return std::ranges::all_of(last, [&](float p) { return p < border || p == 0; });
-    }
-    static void tell_quietly(Communicator& communicator, const Command& command) noexcept {
-        try {
-            tell(communicator, command);
-        } catch (...) {  // the others are gone: nothing is left to be freed there
-        }
+        std::vector<float> sorted = probabilities;
+        std::ranges::nth_element(sorted, sorted.begin() + (n - 2), std::greater<float>());
+        const float border = std::max(sorted[count - 2], std::numeric_limits<float>::denorm_min());
+        for (std::size_t last = count - 1; last < probabilities.size(); last += count)
+            if (probabilities[last] >= border) return false;
+        return true;
     }
     Command about(Command::Kind kind, int index = 0, int count = 0) const {
         Command command{};
@@ -5131,11 +5134,11 @@ private:
     std::unique_ptr<Backend> backend_;
     mutable std::vector<float> whole_;
     mutable int row_ = -1;  // which row whole_ is
-    mutable bool lost_step_ = false;
     std::vector<Candidate> candidates_;
 };
 
 std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const Options& options) {
+    share_of(model.config(), model.weights(), 0, options.ranks);  // for its error, before threads start or other ranks are told
     if (options.communicator && options.ranks > 1) return std::make_unique<LeadBackend>(device, model, options);
     return device.open(model, options);
 }
@@ -5155,37 +5158,41 @@ void follow(const Model& model, const Options& options) {
     std::map<std::uint64_t, std::unique_ptr<KVCache>> caches;
     std::vector<std::byte> message;
     std::vector<Row> rows;
-    for (;;) {
-        communicator.broadcast(message);
-        if (message.empty()) return;
-        detail::Command command{};
-        if (message.size() >= sizeof command) std::memcpy(&command, message.data(), sizeof command);
-        const std::size_t n_rows = command.kind == Kind::step ? static_cast<std::size_t>(command.count) : 0;
-        if (message.size() != sizeof command + n_rows * sizeof(detail::CommandRow))
-            detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
-                         "a command", "Run the same version of the program on all ranks");
-        const auto backend = [&]() -> Backend& { return *backends.at(command.backend); };
-        switch (command.kind) {
-            case Kind::open:
-                detail::check_same_model(communicator, model);
-                own.kv = command.kv, own.context = command.context, own.chunk = command.chunk;
-                backends[command.backend] = device->open(model, own);
-                break;
-            case Kind::close: backends.erase(command.backend); break;
-            case Kind::make_cache: caches[command.cache] = backend().make_cache(); break;
-            case Kind::free_cache: caches.erase(command.cache); break;
-            case Kind::step:
-                rows.clear();
-                for (std::size_t at = sizeof command; at < message.size(); at += sizeof(detail::CommandRow)) {
-                    const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
-                    rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
-                }
-                backend().step({rows}, nullptr);
-                break;
-            case Kind::logits: communicator.gather(backend().logits(command.index), {}); break;
-            case Kind::candidates:
-                communicator.gather(detail::best_candidates(backend().logits(command.index), first_logit, command.count), {});
-        }
+    try {
+        for (;;) {
+            communicator.broadcast(message);
+            if (message.empty()) return;
+            detail::Command command{};
+            if (message.size() >= sizeof command) std::memcpy(&command, message.data(), sizeof command);
+            const std::size_t n_rows = command.kind == Kind::step ? static_cast<std::size_t>(command.count) : 0;
+            if (message.size() != sizeof command + n_rows * sizeof(detail::CommandRow))
+                detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
+                             "a command", "Run the same version of the program on all ranks");
+            const auto backend = [&]() -> Backend& { return *backends.at(command.backend); };
+            switch (command.kind) {
+                case Kind::compare: detail::ranks_that_differ(communicator, model); break;
+                case Kind::open:
+                    own.kv = command.kv, own.context = command.context, own.chunk = command.chunk;
+                    backends[command.backend] = device->open(model, own);
+                    break;
+                case Kind::make_cache: caches[command.cache] = backend().make_cache(); break;
+                case Kind::forget: backends.erase(command.backend), caches.erase(command.cache); break;
+                case Kind::step:
+                    rows.clear();
+                    for (std::size_t at = sizeof command; at < message.size(); at += sizeof(detail::CommandRow)) {
+                        const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
+                        rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
+                    }
+                    backend().step({rows}, nullptr);
+                    break;
+                case Kind::gather:
+                    const std::span<const float> logits = backend().logits(command.index);
+                    if (command.count == 0) communicator.gather(logits, {});
+                    else communicator.gather(detail::best_candidates(logits, first_logit, command.count), {});
+            }
+        }    } catch (...) {
+        communicator.lost_step = true;
+        throw;
     }
 }
 
@@ -5209,13 +5216,14 @@ public:
         MPI_Comm_size(world_, &ranks_);
     }
     ~MpiRanks() override {
+        if (rank_ != 0 && std::uncaught_exceptions() > 0) lost_step = true;  // the others are not at their end
         try {
             std::vector<std::byte> nothing;
-            if (rank_ == 0 && !failed_) broadcast(nothing);
-        } catch (...) {  // the others are gone
+            if (rank_ == 0) broadcast(nothing);
+            barrier();
+        } catch (...) {  // the others are gone, and MPI_Finalize would wait for them without end
+            return;
         }
-        if (rank_ != 0 && std::uncaught_exceptions() > 0) failed_ = true;  // the others are not at their end
-        if (failed_) return;                                               // MPI_Finalize would wait for them
         MPI_Comm_free(&world_);
         if (owner_) MPI_Finalize();
     }
@@ -5260,10 +5268,6 @@ public:
             MPI_Get_count(&status, MPI_FLOAT, &count);
             to += count;
         }
-        if (to == whole.end()) return;
-        failed_ = true;
-        fail(Code::device, "rank 0, a gather", "the parts do not fit together", to_text(to - whole.begin(), " numbers"),
-             to_text(whole.size()), "Run the same version of the program on all ranks");
     }
     void broadcast(std::vector<std::byte>& message) override {
         std::uint64_t bytes = message.size();
@@ -5280,14 +5284,14 @@ public:
         check(MPI_Ibarrier(world_, &request), "MPI_Ibarrier");
         finish(request, "a barrier");
     }
-    void abort() noexcept override { MPI_Abort(world_, 1); }
+    void abort() noexcept override {
+        MPI_Abort(MPI_COMM_WORLD, 1);  // MPICH would write to each rank of another communicator, and wait for one that is stopped
+    }
 
 private:
     // After a failure nothing is begun any more: what was on its way may still want memory that is gone.
     MPI_Request begin() const {
-        if (failed_)
-            fail(Code::device, to_text("rank ", rank_), "MPI has failed before", "another call", "none",
-                 "Let all ranks end: abort()");
+        check_in_step(*this);
         return MPI_REQUEST_NULL;
     }
     void check(int status, const char* call) {
@@ -5295,7 +5299,7 @@ private:
         char text[MPI_MAX_ERROR_STRING];
         int length = 0;
         MPI_Error_string(status, text, &length);
-        failed_ = true;
+        lost_step = true;
         fail(Code::device, to_text("rank ", rank_, ", ", call), "MPI failed",
              std::string(text, static_cast<std::size_t>(length)), "success", "See what happened to the other ranks");
     }
@@ -5314,7 +5318,7 @@ private:
             const double waited = std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
             if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
             if (!what || waited < timeout_seconds_) continue;
-            failed_ = true;
+            lost_step = true;
             fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
                  to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
                  "See whether they still run, or wait longer: mpi(timeout_seconds)");
@@ -5322,7 +5326,7 @@ private:
     }
 
     double timeout_seconds_;
-    bool owner_ = false, failed_ = false;
+    bool owner_ = false;
     MPI_Comm world_ = MPI_COMM_NULL;
     int rank_ = 0, ranks_ = 1;
     std::vector<float> gathered_;
@@ -6010,10 +6014,12 @@ void Model::verify() const {
     }
 }
 
-// A hash of what the file says of itself: configuration, tokenizer, tensors and their checksums.
+// A hash of what the file says of itself (configuration, tokenizer, tensors and their checksums) and, as random weights have no
+// checksums, of where the embedding table begins, which all ranks have.
 std::uint64_t detail::identity_of(const Model& model) {
     std::string identity = LLAMA3_VERSION;
     for (const auto& section : model.impl().sections) append(identity, section.bytes, section.checksum);
+    identity.append(reinterpret_cast<const char*>(model.weights().embedding.data), 64);
     return blake2b(std::as_bytes(std::span(identity)));
 }
 

@@ -62,15 +62,24 @@ int run(const Body& body) {
         message = error.what();
     }
     const auto communicator = world().lock();
-    if (place.rank > 0) {  // what fails on all ranks is said by the first, which then ends the others
+    if (place.rank > 0) {
         if (!communicator) return 1;
+        // What rank 0 says for all, or what nobody needs as it has ended well, is not said here.
+        if (!communicator->lost_step) try {
+                std::vector<std::byte> first_command;
+                communicator->broadcast(first_command);
+                if (first_command.empty()) return 0;
+            } catch (const llama3::Error&) {  // rank 0 is gone
+            }
+        // What several ranks have to say is said by the first, which then ends the others.
         std::this_thread::sleep_for(std::chrono::milliseconds(500 + 100 * place.rank));
         if (message.rfind("rank ", 0) != 0) message = "rank " + std::to_string(place.rank) + ", " + message;
     }
     std::replace(message.begin(), message.end(), '\n', ' ');
     std::cout.flush();
     std::cerr << message << '\n';
-    if (communicator) communicator->abort();
+    // Rank 0 lets the others go by leaving, where they hear it; mpirun has less to say then, and MPICH's the right exit status.
+    if (communicator && (place.rank > 0 || communicator->lost_step)) communicator->abort();
     return 1;
 }
 

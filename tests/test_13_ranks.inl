@@ -77,6 +77,37 @@ std::vector<std::shared_ptr<Counting>> lead_and_follow(const Model& model, int r
     return communicators;
 }
 
+// The CPU, on which the steps of one rank fail when they are told to.
+struct Failing final : Device {
+    std::shared_ptr<Device> inner = cpu();
+    int rank;
+    bool fails = false;
+    explicit Failing(int which) : rank(which) {}
+    std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
+        if (!options.communicator) return d::open_in_process(*this, model, options);
+        struct Wrapped final : Backend {
+            std::unique_ptr<Backend> inner;
+            const Failing* device;
+            std::unique_ptr<KVCache> make_cache() override { return inner->make_cache(); }
+            int max_rows() const override { return inner->max_rows(); }
+            bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
+                if (device && device->fails) throw Error(Code::memory, "no more memory");
+                return inner->step(batch, cancel);
+            }
+            std::span<const float> logits(int i) const override { return inner->logits(i); }
+            std::string describe() const override { return inner->describe(); }
+        };
+        auto backend = std::make_unique<Wrapped>();
+        backend->inner = inner->open(model, options);
+        backend->device = options.communicator->rank() == rank ? this : nullptr;
+        return backend;
+    }
+    std::uint64_t cache_bytes(const Config& config, const Options& options) const override { return inner->cache_bytes(config, options); }
+    std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
+        return inner->activations_bytes(config, options);
+    }
+};
+
 std::mt19937 test_random;
 
 std::string generated(Session& session, std::span<const int> prompt, const Sampling& sampling, int n) {
@@ -431,66 +462,86 @@ TEST_SUITE("core: ranks") {
         }
     }
 
-    TEST_CASE("a rank with another file is named") {
-        const Model model = Model::synthetic(ranks_config(), Format::q8), other = Model::synthetic(three_config(), Format::q8);
-        try {
-            lead_and_follow(
-                model, 4,
-                [&](const std::shared_ptr<Communicator>& communicator) {
-                    Options options;
-                    options.communicator = communicator;
-                    Session session(model, options);
-                },
-                [&](int rank) { return rank == 2 ? other : model; });
-            FAIL("no error");
-        } catch (const Error& error) {
-            CHECK(std::string(error.what()).find("rank 0 and rank 2") != std::string::npos);
+    TEST_CASE("a rank with another file, or other random weights, is named") {
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        for (const Model& other : {Model::synthetic(three_config(), Format::q8), Model::synthetic(ranks_config(), Format::q8, 2)}) {
+            const auto lead = [&](const std::shared_ptr<Communicator>& communicator) {
+                Options options;
+                options.communicator = communicator;
+                CHECK_THROWS_WITH_AS(Session(model, options), doctest::Contains("rank 0 and rank 2,"), Error);
+                CHECK_FALSE(communicator->lost_step);
+            };
+            lead_and_follow(model, 4, lead, [&](int rank) { return rank == 2 ? other : model; });
         }
     }
 
     TEST_CASE("a rank that gives up ends the wait of the others, and the ranks can be used again") {
-        // Fails on one rank when it is told to.
-        struct Failing final : Device {
-            std::shared_ptr<Device> inner = cpu();
-            bool fails = false;
-            std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
-                if (!options.communicator) return d::open_in_process(*this, model, options);
-                struct Wrapped final : Backend {
-                    std::unique_ptr<Backend> inner;
-                    bool* fails;
-                    std::unique_ptr<KVCache> make_cache() override { return inner->make_cache(); }
-                    int max_rows() const override { return inner->max_rows(); }
-                    bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
-                        if (fails && *fails) throw Error(Code::memory, "rank 1 has no more memory");
-                        return inner->step(batch, cancel);
-                    }
-                    std::span<const float> logits(int i) const override { return inner->logits(i); }
-                    std::string describe() const override { return inner->describe(); }
-                };
-                auto backend = std::make_unique<Wrapped>();
-                backend->inner = inner->open(model, options);
-                backend->fails = options.communicator->rank() == 1 ? &fails : nullptr;
-                return backend;
-            }
-            std::uint64_t cache_bytes(const Config& config, const Options& options) const override { return inner->cache_bytes(config, options); }
-            std::uint64_t activations_bytes(const Config& config, const Options& options) const override {
-                return inner->activations_bytes(config, options);
-            }
-        };
         const Model model = Model::synthetic(ranks_config(), Format::q8);
         const std::vector<int> tokens = some_tokens(5, model.config().vocab_size);
-        const auto device = std::make_shared<Failing>();
+        const auto device = std::make_shared<Failing>(1);
         Options options = on_ranks(4);
         options.device = device;
         Session session(model, options), alone(model, on_ranks(1));
         session.feed(tokens);
         device->fails = true;
-        CHECK_THROWS_WITH_AS(session.feed(tokens), "rank 1 has no more memory", Error);
+        CHECK_THROWS_WITH_AS(session.feed(tokens), "no more memory", Error);
         CHECK(session.position() == 5);
         device->fails = false;
         session.feed(tokens);
         alone.feed(tokens), alone.feed(tokens);
         CHECK(equal(row(session.logits()), row(alone.logits())));
+    }
+
+    TEST_CASE("after a failure between ranks every session of the communicator says so, and tells the others nothing") {
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        const std::vector<int> tokens = some_tokens(5, model.config().vocab_size);
+        const auto device = std::make_shared<Failing>(0);
+        const auto lead = [&](const std::shared_ptr<Communicator>& communicator) {
+            Options options = with(1, 64, Format::bf16);
+            options.communicator = communicator, options.device = device;
+            const Counting& counts = static_cast<Counting&>(*communicator);
+            int told = 0;
+            {
+                Session failed(model, options), other(model, options);
+                failed.feed(tokens), other.feed(tokens);
+                CHECK_FALSE(communicator->lost_step);
+                device->fails = true;
+                CHECK_THROWS_WITH_AS(failed.feed(tokens), "no more memory", Error);
+                CHECK(communicator->lost_step);
+                device->fails = false;
+                told = counts.broadcasts;
+                for (Session* session : {&failed, &other}) {
+                    CHECK_THROWS_WITH_AS(session->feed(tokens), doctest::Contains("rank 0: the ranks have lost step"), Error);
+                    CHECK(session->position() == 5);
+                }
+                CHECK_THROWS_WITH_AS(Session(model, options), doctest::Contains("the ranks have lost step"), Error);
+            }
+            CHECK(counts.broadcasts == told);
+            throw Error(Code::device, "the end");  // which frees rank 1 from the sum it waits in
+        };
+        CHECK_THROWS_WITH_AS(lead_and_follow(model, 2, lead), "the end", Error);
+    }
+
+    TEST_CASE("an error before the others are told anything leaves all in step") {
+        const Model model = Model::synthetic(ranks_config(), Format::q8);
+        const std::vector<int> tokens = some_tokens(5, model.config().vocab_size);
+        lead_and_follow(model, 2, [&](const std::shared_ptr<Communicator>& communicator) {
+            Options options = with(1, 64, Format::bf16);
+            options.communicator = communicator, options.context = 8;
+            Session session(model, options), alone(model, on_ranks(1));
+            CHECK_THROWS_AS(session.feed(some_tokens(9, model.config().vocab_size)), Error);
+            CHECK_FALSE(communicator->lost_step);
+            CHECK(equal(row(session.feed(tokens)), row(alone.feed(tokens))));
+        });
+        // A number of ranks that cannot share the model is refused by rank 0 alone; rank 1 goes home.
+        const Model other = Model::synthetic(small_config(), Format::f32);
+        const auto refused = [&](const std::shared_ptr<Communicator>& communicator) {
+            Options options = with(1, 64, Format::bf16);
+            options.communicator = communicator;
+            CHECK_THROWS_WITH_AS(Session(other, options), doctest::Contains("(found 2, expected 1)"), Error);
+            CHECK_FALSE(communicator->lost_step);
+        };
+        for (const auto& counts : lead_and_follow(other, 2, refused)) CHECK(counts->broadcasts == 1);
     }
 
     TEST_CASE("a cancelled step ends on all ranks, and the session goes on from where it was") {

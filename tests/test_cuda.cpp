@@ -646,7 +646,7 @@ TEST_SUITE("core: ranks on the device") {
         cuda_emu::device.major = without ? 7 : 8, cuda_emu::device.minor = without ? 5 : 0;
 #endif
     }
-    bool says(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+    bool says(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
     TEST_CASE("2, 4 and 8 ranks on one GPU give the bits of one, from graphs, also where they outnumber the key/value heads") {
         without_tensor_cores(true);
@@ -1070,17 +1070,40 @@ TEST_SUITE("core: ranks on the device") {
         CHECK(says(message_of([&] { cuda({1, 0})->open(model, options); }), "the model does not fit"));
     }
 
+    TEST_CASE("processes find out whether two of them have the same GPU, with which NCCL cannot work") {
+        const Machine restore(2);
+        const Model model = Model::synthetic(config_of(segmented, 2048, 1), Format::q8);
+        for (const bool shared : {true, false}) {
+            const auto communicators = d::ranks_in_process(2);
+            const auto open = [&](int rank) {
+                Options options = with(Format::bf16, 8);
+                options.communicator = communicators[static_cast<std::size_t>(rank)], options.ranks = 2;
+                return cuda({shared ? 0 : rank})->open(model, options)->describe();
+            };
+            std::string other;
+            std::thread thread([&] { other = open(1); });
+            const std::string found = open(0);
+            thread.join();
+            const std::string why = shared ? "because ranks share a GPU" : "because NCCL is not compiled in";
+            CHECK(says(found, "rank 0 of 2, sums through the host, " + why));
+            CHECK(says(other, "rank 1 of 2, sums through the host, " + why));
+        }
+    }
+
     TEST_CASE("a rank per thread, meeting through a communicator, gives the bits of one rank and stops with the others") {
         const Model model = Model::synthetic(config_of(segmented), Format::q8);
         const std::vector<int> tokens = some_tokens(11, model.config().vocab_size);
         for (const int chunk : {8, 11}) {
             const int ranks = chunk == 8 ? 4 : 2;
             const auto communicators = d::ranks_in_process(ranks);
+            std::vector<std::shared_ptr<Device>> devices;  // one each, as processes have
+            for (int rank = 0; rank < ranks; ++rank) devices.push_back(cuda());
             std::vector<std::thread> others;
             std::vector<std::string> messages(static_cast<std::size_t>(ranks));
             const auto options_of = [&](int rank) {
                 Options options = with(Format::bf16, chunk);
-                options.device = gpu_device(), options.communicator = communicators[static_cast<std::size_t>(rank)];
+                options.device = devices[static_cast<std::size_t>(rank)];
+                options.communicator = communicators[static_cast<std::size_t>(rank)];
                 return options;
             };
             for (int rank = 1; rank < ranks; ++rank)
@@ -1090,7 +1113,7 @@ TEST_SUITE("core: ranks on the device") {
                         communicators[static_cast<std::size_t>(rank)]->abort();
                 });
             messages[0] = message_of([&] {
-                const std::vector<float> found = run(model, tokens, options_of(0), gpu_device());
+                const std::vector<float> found = run(model, tokens, options_of(0), devices[0]);
                 CHECK(
                     same_bits(found, run(model, tokens, shared_by(chunk == 8 ? 1 : ranks, Format::bf16, chunk), gpu_device())));
                 {
