@@ -90,8 +90,9 @@ inline bool check_races = true;                 // on shared memory
 inline bool shuffles_order_memory = true;  // false: only __syncwarp orders accesses within a warp, as CUDA promises no more
 inline bool lazy_streams = false;  // true: work on a stream waits until the host synchronises, so a missing wait is seen
 inline bool guard_front = false;   // true: a guard page right before each allocation; false: right behind it
-inline bool protect_memory =
-    true;  // the host's accesses to device memory fault; costs two system calls per allocation and launch
+// The host's accesses to device memory fault. Without protection keys it costs two system calls per allocation and launch, and
+// there false leaves them out.
+inline bool protect_memory = true;
 inline int device_count = 1;
 inline bool peers_possible = true;               // false: no device can be given access to the memory of another
 inline bool too_many_peers = false;              // true: no device is given access to the memory of one more
@@ -392,6 +393,8 @@ struct Memory {
     std::map<std::uintptr_t, Allocation> freed;  // device only, for the messages
     std::vector<std::size_t> used = std::vector<std::size_t>(64);
     int opened = 0, count = 0, changes = 0;
+    // x86-64's protection key of device memory: a register says whether the thread may touch it. -1: there are none.
+    const int key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
 
     Memory() {
         void* const at = mmap(nullptr, range, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -449,14 +452,13 @@ struct Memory {
         next += page_bytes;
         if (!guard_front) a.start += (page_bytes - size) & ~std::size_t{15};
         void* const pages = reinterpret_cast<void*>(a.pages);
-        if (mprotect(pages, page_bytes, PROT_READ | PROT_WRITE) != 0) return nullptr;
+        if (pkey_mprotect(pages, page_bytes, PROT_READ | PROT_WRITE, key) != 0) return nullptr;
         std::memset(pages, 0xff, page_bytes);
 #ifdef LLAMA3_EMU_ASAN
         // The guard page is found by its fault; the rest of the first and last page is what only AddressSanitizer can see.
         ASAN_POISON_MEMORY_REGION(pages, a.start - a.pages);
         ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(a.start + size), a.pages + page_bytes - a.start - size);
 #endif
-        if (opened == 0 && protect_memory) mprotect(pages, page_bytes, PROT_NONE);
         live[a.start] = a, ++changes;
         used[std::size_t(device)] += size;
         return reinterpret_cast<void*>(a.start);
@@ -465,14 +467,14 @@ struct Memory {
     void release(const Allocation& found) {
         const Allocation a = found;
         void* const pages = reinterpret_cast<void*>(a.pages);
-        mprotect(pages, a.page_bytes, PROT_READ);
-        const auto* const bytes = reinterpret_cast<const unsigned char*>(a.pages);
-        bool stray = false;
 #ifdef LLAMA3_EMU_ASAN
         ASAN_UNPOISON_MEMORY_REGION(pages, a.page_bytes);
 #endif
-        for (std::size_t i = 0; i < a.page_bytes; ++i)
-            if (i < a.start - a.pages || i >= a.start - a.pages + a.size) stray |= bytes[i] != 0xff;
+        const auto written = [](std::uintptr_t from, std::uintptr_t to) {
+            const auto* const bytes = reinterpret_cast<const unsigned char*>(from);
+            return std::any_of(bytes, bytes + (to - from), [](unsigned char byte) { return byte != 0xff; });
+        };
+        const bool stray = written(a.pages, a.start) || written(a.start + a.size, a.pages + a.page_bytes);
         madvise(pages, a.page_bytes, MADV_DONTNEED);
         mprotect(pages, a.page_bytes, PROT_NONE);
         live.erase(a.start), ++changes;
@@ -481,9 +483,11 @@ struct Memory {
         if (stray) fail("cudaFree: something was written next to device allocation ", a.number, " (", a.size, " bytes)");
     }
 
-    void protect(int rights) {
+    void open(bool yes) {
+        if (key >= 0) pkey_set(key, yes ? 0 : PKEY_DISABLE_ACCESS);
+        if (key >= 0 || !protect_memory) return;
         for (const auto& [start, a] : live)
-            if (a.device >= 0) mprotect(reinterpret_cast<void*>(a.pages), a.page_bytes, rights);
+            if (a.device >= 0) mprotect(reinterpret_cast<void*>(a.pages), a.page_bytes, yes ? PROT_READ | PROT_WRITE : PROT_NONE);
     }
 };
 
@@ -496,10 +500,10 @@ inline Memory& memory() {
 struct DeviceAccess {
     const std::lock_guard<std::recursive_mutex> lock{memory().mutex};
     DeviceAccess() {
-        if (memory().opened++ == 0 && protect_memory) memory().protect(PROT_READ | PROT_WRITE);
+        if (memory().opened++ == 0) memory().open(true);
     }
     ~DeviceAccess() {
-        if (--memory().opened == 0 && protect_memory) memory().protect(PROT_NONE);
+        if (--memory().opened == 0) memory().open(false);
     }
     DeviceAccess(const DeviceAccess&) = delete;
     DeviceAccess& operator=(const DeviceAccess&) = delete;
@@ -715,10 +719,8 @@ struct Block : Resident {  // the one that runs
     }
 };
 
-inline Block& block() {
-    static Block* const instance = new Block;
-    return *instance;
-}
+inline Block* const the_block = new Block;
+__attribute__((always_inline)) inline Block& block() { return *the_block; }
 inline thread_local bool in_kernel = false;
 
 // The pieces of a message.
@@ -1503,7 +1505,7 @@ void meet(const char* what, unsigned mask, int variant, bool orders_memory, Site
         const int lane = std::countr_zero(left);
         const Arrival& other = warp.arrival[std::size_t(lane)];
         if (!(mask >> lane & 1) && !(other.mask >> t.lane & 1)) continue;
-        if (other.mask != mask || other.variant != variant || !(other.site == site) || std::strcmp(other.what, what) != 0)
+        if (other.mask != mask || other.variant != variant || !(other.site == site) || (other.what != what && std::strcmp(other.what, what) != 0))
             fail("lanes of a warp diverge: lane ", t.lane, " is at ", what, " (", site, ") with mask ", Hex{mask}, ", lane ",
                  lane, " at ", other.what, " (", other.site, ") with mask ", Hex{other.mask},
                  (variant != other.variant ? " and another width" : ""));
@@ -2222,6 +2224,7 @@ inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
     const std::size_t used = m.used[std::size_t(cuda_emu::current_device)];
     if (used > cuda_emu::device.memory || bytes > cuda_emu::device.memory - used)
         return cuda_emu::result(cudaErrorMemoryAllocation);
+    const cuda_emu::DeviceAccess access;
     *p = m.allocate(bytes, cuda_emu::current_device);
     return cuda_emu::result(*p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
@@ -2240,6 +2243,7 @@ inline cudaError_t cudaFree(void* p) {
     if (!found || found->device < 0 || found->start != reinterpret_cast<std::uintptr_t>(p))
         return cuda_emu::result(cudaErrorInvalidValue);
     cuda_emu::drain_device(found->device, false);
+    const cuda_emu::DeviceAccess access;
     cuda_emu::memory().release(*found);
     return cudaSuccess;
 }
