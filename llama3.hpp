@@ -2760,7 +2760,8 @@ inline std::size_t attention_floats(int queries, int head_dim) {
 #undef LLAMA3_WIDTH
 #pragma pop_macro("LLAMA3_UNROLL")
 
-#if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__))  // mingw's GCC misaligns wide spills
+// mingw's GCC misaligns wide spills. LLAMA3_BASELINE_ONLY: for builds that are about something else, in half the time.
+#if (defined(__x86_64__) || defined(_M_X64)) && !(defined(_WIN32) && !defined(__clang__)) && !defined(LLAMA3_BASELINE_ONLY)
 #define LLAMA3_X86_KERNELS 1
 
 // Intel since Haswell (2013), AMD since Excavator and Zen

@@ -58,6 +58,10 @@
 #define LLAMA3_EMU_ASAN 1
 #endif
 #endif
+// What runs at every access and every switch is left alone by sanitizers: they are to look at kernels, and took most of the time here.
+// It calls little that is instrumented, since that would not be inlined.
+#define LLAMA3_EMU_BARE __attribute__((no_sanitize("address", "undefined")))
+#define LLAMA3_EMU_INLINE __attribute__((always_inline))
 #ifdef LLAMA3_EMU_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -90,8 +94,9 @@ inline bool check_races = true;                 // on shared memory
 inline bool shuffles_order_memory = true;  // false: only __syncwarp orders accesses within a warp, as CUDA promises no more
 inline bool lazy_streams = false;  // true: work on a stream waits until the host synchronises, so a missing wait is seen
 inline bool guard_front = false;   // true: a guard page right before each allocation; false: right behind it
-inline bool protect_memory =
-    true;  // the host's accesses to device memory fault; costs two system calls per allocation and launch
+// The host's accesses to device memory fault. Without protection keys it costs two system calls per allocation and launch, and
+// there false leaves them out.
+inline bool protect_memory = true;
 inline int device_count = 1;
 inline bool peers_possible = true;               // false: no device can be given access to the memory of another
 inline bool too_many_peers = false;              // true: no device is given access to the memory of one more
@@ -111,8 +116,8 @@ inline Device device;
 struct Site {
     const char* file;
     int line;
-    constexpr Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
-    bool operator==(const Site& other) const {
+    LLAMA3_EMU_INLINE constexpr Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
+    LLAMA3_EMU_BARE bool operator==(const Site& other) const {
         return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
     }
     std::string text() const {
@@ -392,6 +397,8 @@ struct Memory {
     std::map<std::uintptr_t, Allocation> freed;  // device only, for the messages
     std::vector<std::size_t> used = std::vector<std::size_t>(64);
     int opened = 0, count = 0, changes = 0;
+    // x86-64's protection key of device memory: a register says whether the thread may touch it. -1: there are none.
+    const int key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
 
     Memory() {
         void* const at = mmap(nullptr, range, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -449,14 +456,13 @@ struct Memory {
         next += page_bytes;
         if (!guard_front) a.start += (page_bytes - size) & ~std::size_t{15};
         void* const pages = reinterpret_cast<void*>(a.pages);
-        if (mprotect(pages, page_bytes, PROT_READ | PROT_WRITE) != 0) return nullptr;
+        if (pkey_mprotect(pages, page_bytes, PROT_READ | PROT_WRITE, key) != 0) return nullptr;
         std::memset(pages, 0xff, page_bytes);
 #ifdef LLAMA3_EMU_ASAN
         // The guard page is found by its fault; the rest of the first and last page is what only AddressSanitizer can see.
         ASAN_POISON_MEMORY_REGION(pages, a.start - a.pages);
         ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(a.start + size), a.pages + page_bytes - a.start - size);
 #endif
-        if (opened == 0 && protect_memory) mprotect(pages, page_bytes, PROT_NONE);
         live[a.start] = a, ++changes;
         used[std::size_t(device)] += size;
         return reinterpret_cast<void*>(a.start);
@@ -465,14 +471,14 @@ struct Memory {
     void release(const Allocation& found) {
         const Allocation a = found;
         void* const pages = reinterpret_cast<void*>(a.pages);
-        mprotect(pages, a.page_bytes, PROT_READ);
-        const auto* const bytes = reinterpret_cast<const unsigned char*>(a.pages);
-        bool stray = false;
 #ifdef LLAMA3_EMU_ASAN
         ASAN_UNPOISON_MEMORY_REGION(pages, a.page_bytes);
 #endif
-        for (std::size_t i = 0; i < a.page_bytes; ++i)
-            if (i < a.start - a.pages || i >= a.start - a.pages + a.size) stray |= bytes[i] != 0xff;
+        const auto written = [](std::uintptr_t from, std::uintptr_t to) {
+            const auto* const bytes = reinterpret_cast<const unsigned char*>(from);
+            return std::any_of(bytes, bytes + (to - from), [](unsigned char byte) { return byte != 0xff; });
+        };
+        const bool stray = written(a.pages, a.start) || written(a.start + a.size, a.pages + a.page_bytes);
         madvise(pages, a.page_bytes, MADV_DONTNEED);
         mprotect(pages, a.page_bytes, PROT_NONE);
         live.erase(a.start), ++changes;
@@ -481,25 +487,25 @@ struct Memory {
         if (stray) fail("cudaFree: something was written next to device allocation ", a.number, " (", a.size, " bytes)");
     }
 
-    void protect(int rights) {
+    void open(bool yes) {
+        if (key >= 0) pkey_set(key, yes ? 0 : PKEY_DISABLE_ACCESS);
+        if (key >= 0 || !protect_memory) return;
         for (const auto& [start, a] : live)
-            if (a.device >= 0) mprotect(reinterpret_cast<void*>(a.pages), a.page_bytes, rights);
+            if (a.device >= 0) mprotect(reinterpret_cast<void*>(a.pages), a.page_bytes, yes ? PROT_READ | PROT_WRITE : PROT_NONE);
     }
 };
 
-inline Memory& memory() {
-    static Memory* const instance = new Memory;  // never destroyed: objects of static lifetime may free device memory after it
-    return *instance;
-}
+inline Memory* const the_memory = new Memory;  // never destroyed: objects of static lifetime may free device memory after it
+LLAMA3_EMU_INLINE inline Memory& memory() { return *the_memory; }
 
 // While one of these lives, this program may touch device memory.
 struct DeviceAccess {
     const std::lock_guard<std::recursive_mutex> lock{memory().mutex};
     DeviceAccess() {
-        if (memory().opened++ == 0 && protect_memory) memory().protect(PROT_READ | PROT_WRITE);
+        if (memory().opened++ == 0) memory().open(true);
     }
     ~DeviceAccess() {
-        if (--memory().opened == 0 && protect_memory) memory().protect(PROT_NONE);
+        if (--memory().opened == 0) memory().open(false);
     }
     DeviceAccess(const DeviceAccess&) = delete;
     DeviceAccess& operator=(const DeviceAccess&) = delete;
@@ -591,7 +597,7 @@ inline void prepare(Fiber& fiber, std::size_t number) {
 }
 
 // `leaving` for good: the stack of `from` is not needed any more.
-inline void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool leaving = false) {
+LLAMA3_EMU_BARE inline void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] bool leaving = false) {
 #ifdef LLAMA3_EMU_ASAN
     __sanitizer_start_switch_fiber(leaving ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #endif
@@ -649,7 +655,7 @@ struct Warp {
     unsigned waiting = 0;     // at a warp primitive
     unsigned at_barrier = 0;  // at __syncthreads
     unsigned done = 0;
-    std::array<Arrival, 32> arrival;
+    Arrival arrival[32];
     // The clock of the race check: it ticks when lanes synchronise. Lane t knows the accesses of lane u before tick known[t][u].
     std::uint32_t tick = 0, all_known = 0;
     bool partial = false;
@@ -670,10 +676,24 @@ struct Record {
     Readers readers[2] = {};  // two warps are enough: a writer is in at most one of them
 };
 
+// A vector whose elements are reached without a call.
+template <class T>
+struct Elements {
+    std::vector<T> owner;
+    T* data = nullptr;
+    std::size_t size = 0;
+
+    void resize(std::size_t n) { owner.resize(n), data = owner.data(), size = n; }
+    LLAMA3_EMU_INLINE T& operator[](int i) const { return data[i]; }
+    LLAMA3_EMU_INLINE T& operator[](std::size_t i) const { return data[i]; }
+    LLAMA3_EMU_INLINE T* begin() const { return data; }
+    LLAMA3_EMU_INLINE T* end() const { return data + size; }
+};
+
 struct Resident {  // a block that has begun
     uint3 index{};
-    std::vector<Thread> all;
-    std::vector<Warp> warps;
+    Elements<Thread> all;
+    Elements<Warp> warps;
     std::uint32_t ready_warps = 0;
     Thread* current = nullptr;
     int at_barrier = 0, finished = 0;
@@ -681,8 +701,8 @@ struct Resident {  // a block that has begun
     int barrier_variant = 0, barrier_sum = 0, barrier_result = 0;
     unsigned char* shared = nullptr;  // 16-byte aligned and no more, as CUDA promises no more
     std::uint32_t epoch = 0;
-    std::vector<Record> words, bytes;
-    std::vector<std::uint16_t> pending;  // of each word: copies under way
+    Elements<Record> words, bytes;
+    Elements<std::uint16_t> pending;  // of each word: copies under way
     std::vector<unsigned char> shared_store;
 };
 
@@ -708,17 +728,15 @@ struct Block : Resident {  // the one that runs
     std::uint64_t random = 0, last_seed = 0;
     unsigned long long switches = 0;
 
-    Thread& thread(int warp, int lane) { return all[std::size_t(warps[std::size_t(warp)].first + lane)]; }
-    std::uint32_t draw() {  // xorshift64*
+    LLAMA3_EMU_INLINE Thread& thread(int warp, int lane) { return all[warps[warp].first + lane]; }
+    LLAMA3_EMU_BARE std::uint32_t draw() {  // xorshift64*
         random ^= random >> 12, random ^= random << 25, random ^= random >> 27;
         return std::uint32_t(random * 0x2545f4914f6cdd1d >> 32);
     }
 };
 
-inline Block& block() {
-    static Block* const instance = new Block;
-    return *instance;
-}
+inline Block* const the_block = new Block;
+LLAMA3_EMU_INLINE inline Block& block() { return *the_block; }
 inline thread_local bool in_kernel = false;
 
 // The pieces of a message.
@@ -762,7 +780,7 @@ inline void append(std::string& result, Deadlock) {
     Block& b = block();
     result += "the threads wait for each other for ever:";
     int lines = 0;
-    for (std::size_t w = 0; w < b.warps.size() && lines < 4; ++w) {
+    for (std::size_t w = 0; w < b.warps.size && lines < 4; ++w) {
         const Warp& warp = b.warps[w];
         const unsigned everyone = warp.size == 32 ? ~0u : (1u << warp.size) - 1;
         const auto line = [&](unsigned lanes, const std::string& at) {
@@ -772,10 +790,10 @@ inline void append(std::string& result, Deadlock) {
         if (warp.at_barrier != everyone) {
             line(warp.at_barrier, "at __syncthreads (" + b.barrier_site.text() + ")");
             for (unsigned left = warp.waiting; left;) {
-                const Arrival& first = warp.arrival[std::size_t(std::countr_zero(left))];
+                const Arrival& first = warp.arrival[std::countr_zero(left)];
                 unsigned same = 0;
                 for (int i = 0; i < 32; ++i)
-                    if (left >> i & 1 && warp.arrival[std::size_t(i)].site == first.site) same |= 1u << i;
+                    if (left >> i & 1 && warp.arrival[i].site == first.site) same |= 1u << i;
                 line(same, std::string("at ") + first.what + " (" + first.site.text() + ")");
                 left &= ~same;
             }
@@ -831,19 +849,19 @@ inline Fiber* take_fiber() {
     return fiber;
 }
 
-inline int pick_bit(unsigned bits) {
-    if (order == Order::forward) return std::countr_zero(bits);
-    if (order == Order::reverse) return 31 - std::countl_zero(bits);
+LLAMA3_EMU_BARE inline int pick_bit(unsigned bits) {
+    if (order == Order::forward) return __builtin_ctz(bits);
+    if (order == Order::reverse) return 31 - __builtin_clz(bits);
     const int turn = int(block().draw() & 31);
-    return (std::countr_zero(std::rotr(bits, turn)) + turn) & 31;
+    return (__builtin_ctz(bits >> turn | bits << (-turn & 31)) + turn) & 31;
 }
 
 // The next thread to run, made the current one; null if there is none.
-inline Thread* pick() {
+LLAMA3_EMU_BARE inline Thread* pick() {
     Block& b = block();
     if (b.ready_warps == 0) return nullptr;
     const int w = pick_bit(b.ready_warps);
-    Warp& warp = b.warps[std::size_t(w)];
+    Warp& warp = b.warps[w];
     const int lane = pick_bit(warp.ready);
     warp.ready &= ~(1u << lane);
     if (warp.ready == 0) b.ready_warps &= ~(1u << w);
@@ -854,7 +872,7 @@ inline Thread* pick() {
 }
 
 // Runs others until somebody makes this thread ready again.
-inline void wait() {
+LLAMA3_EMU_BARE inline void wait() {
     Block& b = block();
     Thread* const self = b.current;
     Thread* const next = pick();
@@ -865,22 +883,22 @@ inline void wait() {
     switch_fiber(*self->fiber, *next->fiber);
 }
 
-inline void make_ready(int w, unsigned lanes) {
+LLAMA3_EMU_BARE inline void make_ready(int w, unsigned lanes) {
     Block& b = block();
-    b.warps[std::size_t(w)].ready |= lanes;
+    b.warps[w].ready |= lanes;
     b.ready_warps |= 1u << w;
 }
 
-inline void thread_ends() {
+LLAMA3_EMU_BARE inline void thread_ends() {
     Block& b = block();
     Thread& t = *b.current;
-    Warp& warp = b.warps[std::size_t(t.warp)];
+    Warp& warp = b.warps[t.warp];
     if (!t.copies.empty()) fail("the thread ends before it waited for its cp.async (", t.copies.front().site, ")");
     if (b.at_barrier > 0)
         fail("the thread ends, while ", b.at_barrier, " threads wait at __syncthreads (", b.barrier_site, ")");
     for (unsigned left = warp.waiting; left; left &= left - 1) {
         const int other = std::countr_zero(left);
-        const Arrival& a = warp.arrival[std::size_t(other)];
+        const Arrival& a = warp.arrival[other];
         if (a.mask >> t.lane & 1)
             fail("the thread ends, while lane ", other, " of its warp waits for it at ", a.what, " (", a.site, ")");
     }
@@ -888,7 +906,7 @@ inline void thread_ends() {
     ++b.finished;
 }
 
-inline void run_threads() {
+LLAMA3_EMU_BARE inline void run_threads() {
     Block& b = block();
 #ifdef LLAMA3_EMU_ASAN
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
@@ -911,17 +929,17 @@ inline void run_threads() {
 
 // The barrier of the block; also counts the threads whose predicate holds, for its three variants. Stricter than the hardware,
 // which lets threads arrive from different lines and forgets those that have ended: neither is ever wanted.
-inline int block_barrier(const char* what, int variant, bool predicate, Site site) {
+LLAMA3_EMU_BARE inline int block_barrier(const char* what, int variant, bool predicate, Site site) {
     Block& b = block();
     if (!in_kernel) fail(what, " outside a kernel");
     Thread& t = *b.current;
-    Warp& warp = b.warps[std::size_t(t.warp)];
+    Warp& warp = b.warps[t.warp];
     t.site = site;
     if (b.finished > 0) fail(what, " (", site, ") is reached after ", b.finished, " threads have ended");
     if (b.at_barrier > 0 && (!(b.barrier_site == site) || b.barrier_variant != variant))
         fail(what, " (", site, ") is reached, while ", b.at_barrier, " threads wait at another (", b.barrier_site, ")");
     for (unsigned left = warp.waiting; left; left &= left - 1) {
-        const Arrival& a = warp.arrival[std::size_t(std::countr_zero(left))];
+        const Arrival& a = warp.arrival[std::countr_zero(left)];
         if (a.mask >> t.lane & 1)
             fail(what, " (", site, ") is reached, while lane ", std::countr_zero(left),
                  " of the warp waits for this thread at ", a.what, " (", a.site, ")");
@@ -933,7 +951,7 @@ inline int block_barrier(const char* what, int variant, bool predicate, Site sit
         b.barrier_result = b.barrier_sum;
         b.at_barrier = 0;
         ++b.epoch;
-        for (std::size_t w = 0; w < b.warps.size(); ++w) {
+        for (std::size_t w = 0; w < b.warps.size; ++w) {
             make_ready(int(w), b.warps[w].at_barrier);
             b.warps[w].at_barrier = 0;
         }
@@ -1021,7 +1039,7 @@ inline void begin_block(std::uint64_t index) {
     ++b.epoch;
     if (b.shared_bytes) std::memset(b.shared, 0xff, b.shared_bytes);
     std::fill(b.pending.begin(), b.pending.end(), std::uint16_t{0});
-    for (std::size_t w = 0; w < b.warps.size(); ++w) {
+    for (std::size_t w = 0; w < b.warps.size; ++w) {
         Warp& warp = b.warps[w];
         warp.ready = warp.waiting = warp.at_barrier = warp.done = 0;
         warp.tick = 1, warp.all_known = 0;
@@ -1085,19 +1103,19 @@ inline bool run_grid(Grid& state, const char* kernel, dim3 grid, dim3 threads, s
         b.all.resize(std::size_t(count));
         b.warps.resize(std::size_t(count + 31) / 32);
         for (int i = 0; i < count; ++i) {
-            Thread& t = b.all[std::size_t(i)];
+            Thread& t = b.all[i];
             t.index = {unsigned(i) % threads.x, unsigned(i) / threads.x % threads.y, unsigned(i) / threads.x / threads.y};
             t.number = i, t.warp = i / 32, t.lane = i % 32;
             t.copies.clear();
         }
-        for (std::size_t w = 0; w < b.warps.size(); ++w)
+        for (std::size_t w = 0; w < b.warps.size; ++w)
             b.warps[w].first = int(w) * 32, b.warps[w].size = std::min(32, count - int(w) * 32);
         const std::size_t words = (shared_bytes + 3) / 4;
         b.shared_store.resize(std::max(b.shared_store.size(), shared_bytes + 64));
         b.shared = b.shared_store.data();
         b.shared += (48 - reinterpret_cast<std::uintptr_t>(b.shared) % 32) % 32;
-        if (b.words.size() < words) b.words.resize(words), b.bytes.resize(4 * words);
-        b.pending.assign(words, 0);
+        if (b.words.size < words) b.words.resize(words), b.bytes.resize(4 * words);
+        b.pending.resize(words);
     };
     const auto put_aside = [&] { state.waiting.push_back(std::exchange(static_cast<Resident&>(b), Resident())); };
     const auto take_back = [&](std::size_t i) {
@@ -1174,20 +1192,20 @@ inline bool run_grid(Grid& state, const char* kernel, dim3 grid, dim3 threads, s
 
 enum class Use { read, write, atomic, async };  // async: the beginning or the end of a cp.async
 
-inline bool ordered(const Warp& warp, int other_lane, std::uint32_t tick, int lane) {
+LLAMA3_EMU_BARE inline bool ordered(const Warp& warp, int other_lane, std::uint32_t tick, int lane) {
     return tick < warp.all_known || (warp.partial && tick < warp.known[lane][other_lane]);
 }
 
 [[noreturn]] inline void fail_race(std::size_t offset, const char* did, int other, Site before, const char* does, Site now) {
     Block& b = block();
-    fail("race on shared memory at byte ", offset, ": thread ", b.all[std::size_t(other)].index, " ", did, " it (", before,
+    fail("race on shared memory at byte ", offset, ": thread ", b.all[other].index, " ", did, " it (", before,
          ") and thread ", b.current->index, " ", does, " it (", now, ") with no barrier between");
 }
 
-inline void touch(Record& r, std::size_t offset, Use use, Site site) {
+LLAMA3_EMU_BARE inline void touch(Record& r, std::size_t offset, Use use, Site site) {
     Block& b = block();
     const Thread& t = *b.current;
-    const Warp& warp = b.warps[std::size_t(t.warp)];
+    const Warp& warp = b.warps[t.warp];
     const bool writes = use != Use::read, atomic = use == Use::atomic;
     const char* const does = writes ? "writes" : "reads";
     if (r.epoch != b.epoch) {
@@ -1197,7 +1215,7 @@ inline void touch(Record& r, std::size_t offset, Use use, Site site) {
         r.readers[0].lanes = r.readers[1].lanes = 0;
     }
     if (r.writer >= 0 && r.writer != t.number && !(atomic && r.atomic)) {
-        const Thread& other = b.all[std::size_t(r.writer)];
+        const Thread& other = b.all[r.writer];
         if (other.warp != t.warp || !ordered(warp, other.lane, r.write_tick, t.lane))
             fail_race(offset, "wrote", r.writer, r.write_site, does, site);
     }
@@ -1212,7 +1230,7 @@ inline void touch(Record& r, std::size_t offset, Use use, Site site) {
         unsigned lanes = slot.lanes;
         if (lanes && slot.warp == t.warp) lanes &= ~(1u << t.lane);
         for (; lanes; lanes &= lanes - 1) {
-            const int lane = std::countr_zero(lanes);
+            const int lane = __builtin_ctz(lanes);
             if (slot.warp != t.warp || !ordered(warp, lane, slot.tick, t.lane))
                 fail_race(offset, "read", slot.warp * 32 + lane, slot.site, does, site);
         }
@@ -1221,7 +1239,7 @@ inline void touch(Record& r, std::size_t offset, Use use, Site site) {
     r.writer = t.number, r.write_tick = warp.tick, r.atomic = atomic, r.write_site = site;
 }
 
-inline void note_shared(const void* p, std::size_t bytes, std::size_t alignment, Use use, Site site) {
+LLAMA3_EMU_BARE inline void note_shared(const void* p, std::size_t bytes, std::size_t alignment, Use use, Site site) {
     Block& b = block();
     if (!in_kernel) fail("shared memory is used outside a kernel (", site, ")");
     const std::size_t offset = std::size_t(static_cast<const unsigned char*>(p) - b.shared);
@@ -1239,7 +1257,8 @@ inline void note_shared(const void* p, std::size_t bytes, std::size_t alignment,
                              " waited for the cp.async that fills it (", copy.site, ")");
         if (!check_races) continue;
         Record& whole = b.words[word];
-        const std::size_t first = std::max(offset, 4 * word), last = std::min(offset + bytes, 4 * word + 4);
+        const std::size_t first = offset > 4 * word ? offset : 4 * word;
+        const std::size_t last = offset + bytes < 4 * word + 4 ? offset + bytes : 4 * word + 4;
         const bool by_bytes = whole.epoch == b.epoch && whole.by_bytes;
         if (!by_bytes && last - first == 4) {
             touch(whole, 4 * word, use, site);
@@ -1248,7 +1267,7 @@ inline void note_shared(const void* p, std::size_t bytes, std::size_t alignment,
         if (!by_bytes) {  // from here to the next barrier this word is known by its bytes
             if (whole.epoch != b.epoch) whole = Record{.epoch = b.epoch};
             whole.by_bytes = false;
-            std::fill_n(b.bytes.begin() + std::ptrdiff_t(4 * word), 4, whole);
+            for (std::size_t i = 0; i < 4; ++i) b.bytes[4 * word + i] = whole;
             whole.by_bytes = true;
         }
         for (std::size_t i = first; i < last; ++i) touch(b.bytes[i], i, use, site);
@@ -1265,22 +1284,22 @@ struct SharedReference {
     T* at;
     Site site;
 
-    Value read() const {
+    LLAMA3_EMU_INLINE Value read() const {
         note_shared(at, sizeof(T), alignof(T), Use::read, site);
         return *at;
     }
-    void write(const Value& value) const {
+    LLAMA3_EMU_INLINE void write(const Value& value) const {
         note_shared(at, sizeof(T), alignof(T), Use::write, site);
         *at = value;
     }
-    operator Value() const { return read(); }
+    LLAMA3_EMU_INLINE operator Value() const { return read(); }
     const SharedReference& operator=(const Value& value) const { return write(value), *this; }
     const SharedReference& operator=(const SharedReference& other) const { return write(other.read()), *this; }
     template <class U>
     const SharedReference& operator=(const SharedReference<U>& other) const {
         return write(Value(other.read())), *this;
     }
-    SharedReference(T* at, Site site) : at(at), site(site) {}
+    LLAMA3_EMU_INLINE SharedReference(T* at, Site site) : at(at), site(site) {}
     SharedReference(const SharedReference&) = default;
     Shared<T> operator&() const { return {at}; }
 
@@ -1306,7 +1325,7 @@ struct Index {
     std::ptrdiff_t value;
     Site site;
     template <class I>
-    requires std::is_convertible_v<I, std::ptrdiff_t> Index(const I& value, Site site = Site())
+    requires std::is_convertible_v<I, std::ptrdiff_t> LLAMA3_EMU_INLINE Index(const I& value, Site site = Site())
         : value(std::ptrdiff_t(value)), site(site) {}
 };
 
@@ -1318,7 +1337,7 @@ struct Shared {
     Shared() = default;
     Shared(T* at) : at(at) {}
     operator Shared<const T>() const requires(!std::is_const_v<T>) { return {at}; }
-    SharedReference<T> operator[](Index i) const { return {at + i.value, i.site}; }
+    LLAMA3_EMU_INLINE SharedReference<T> operator[](Index i) const { return {at + i.value, i.site}; }
     SharedReference<T> operator*() const { return {at, Site("shared memory", 0)}; }
     explicit operator bool() const { return at != nullptr; }
     // clang-format off
@@ -1351,16 +1370,16 @@ auto shared_cast(Shared<T> p) {
 bool has_access(int device, int other);  // to its memory
 
 // Checks an access of a kernel to device memory (or pinned memory, or a local array).
-inline void check_global(const void* p, std::size_t bytes, std::size_t alignment, const char* what, Site site) {
+LLAMA3_EMU_BARE inline void check_global(const void* p, std::size_t bytes, std::size_t alignment, const char* what, Site site) {
     if (!in_kernel) fail(what, " outside a kernel (", site, ")");
     const auto address = reinterpret_cast<std::uintptr_t>(p);
     if (address % alignment != 0)
         fail("misaligned ", what, ": ", Address{address}, ", expected a multiple of ", alignment, " (", site, ")");
     const Fiber& fiber = *block().current->fiber;
     if (address - reinterpret_cast<std::uintptr_t>(fiber.stack) < fiber.stack_bytes) return;
-    static std::array<Allocation, 16> recent{};  // an address range is never used twice, but it may be freed
+    static Allocation recent[16];  // an address range is never used twice, but it may be freed
     static int recent_count = -1;
-    if (recent_count != memory().changes) recent.fill({}), recent_count = memory().changes;
+    if (recent_count != memory().changes) std::fill_n(recent, 16, Allocation()), recent_count = memory().changes;
     Allocation& guess = recent[address >> 14 & 15];
     const auto check_reach = [&](const Allocation& a) {
         const int device = block().device;
@@ -1464,7 +1483,7 @@ void copy_async_wait() {
 }
 
 // After this, lanes of `mask` know all that any of them did or knew.
-inline void synchronise_clocks(Warp& warp, unsigned mask) {
+LLAMA3_EMU_BARE inline void synchronise_clocks(Warp& warp, unsigned mask) {
     const unsigned everyone = warp.size == 32 ? ~0u : (1u << warp.size) - 1;
     ++warp.tick;
     if (mask == everyone) {
@@ -1483,11 +1502,11 @@ inline void synchronise_clocks(Warp& warp, unsigned mask) {
 
 // Every warp primitive: the lanes of the mask meet, the last to come does the work for all of them.
 template <class Payload, class Work>
-void meet(const char* what, unsigned mask, int variant, bool orders_memory, Site site, Payload& payload, const Work& work) {
+LLAMA3_EMU_BARE void meet(const char* what, unsigned mask, int variant, bool orders_memory, Site site, Payload& payload, const Work& work) {
     Block& b = block();
     if (!in_kernel) fail(what, " (", site, ") outside a kernel");
     Thread& t = *b.current;
-    Warp& warp = b.warps[std::size_t(t.warp)];
+    Warp& warp = b.warps[t.warp];
     const unsigned everyone = warp.size == 32 ? ~0u : (1u << warp.size) - 1;
     t.site = site;
     if (!(mask >> t.lane & 1))
@@ -1500,19 +1519,19 @@ void meet(const char* what, unsigned mask, int variant, bool orders_memory, Site
         fail(what, " (", site, ") waits for lanes ", Lanes{mask & warp.at_barrier}, ", which wait at __syncthreads (",
              b.barrier_site, ")");
     for (unsigned left = warp.waiting; left; left &= left - 1) {
-        const int lane = std::countr_zero(left);
-        const Arrival& other = warp.arrival[std::size_t(lane)];
+        const int lane = __builtin_ctz(left);
+        const Arrival& other = warp.arrival[lane];
         if (!(mask >> lane & 1) && !(other.mask >> t.lane & 1)) continue;
-        if (other.mask != mask || other.variant != variant || !(other.site == site) || std::strcmp(other.what, what) != 0)
+        if (other.mask != mask || other.variant != variant || !(other.site == site) || (other.what != what && std::strcmp(other.what, what) != 0))
             fail("lanes of a warp diverge: lane ", t.lane, " is at ", what, " (", site, ") with mask ", Hex{mask}, ", lane ",
                  lane, " at ", other.what, " (", other.site, ") with mask ", Hex{other.mask},
                  (variant != other.variant ? " and another width" : ""));
         break;  // those that wait already agree with each other
     }
-    warp.arrival[std::size_t(t.lane)] = {what, mask, variant, site, &payload};
+    warp.arrival[t.lane] = {what, mask, variant, site, &payload};
     warp.waiting |= 1u << t.lane;
     if ((warp.waiting & mask) == mask) {
-        work([&](int lane) -> Payload& { return *static_cast<Payload*>(warp.arrival[std::size_t(lane)].payload); });
+        work([&warp](int lane) LLAMA3_EMU_INLINE -> Payload& { return *static_cast<Payload*>(warp.arrival[lane].payload); });
         if (orders_memory) synchronise_clocks(warp, mask);
         warp.waiting &= ~mask;
         make_ready(t.warp, mask);
@@ -1531,7 +1550,7 @@ struct PlainValue<SharedReference<T>> {
 
 // `source(lane)` is the lane to read from, or the lane itself where CUDA says so.
 template <class T, class Source>
-T shuffle(const char* what, unsigned mask, T value, int parameter, int width, Site site, const Source& source) {
+LLAMA3_EMU_BARE T shuffle(const char* what, unsigned mask, T value, int parameter, int width, Site site, const Source& source) {
     static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
     struct Payload {
         T value;
@@ -1540,7 +1559,7 @@ T shuffle(const char* what, unsigned mask, T value, int parameter, int width, Si
     } payload{value, parameter, value};
     if (width < 1 || width > 32 || (width & (width - 1)))
         fail(what, " (", site, "): the width is no power of two up to 32 (found ", width, ")");
-    meet(what, mask, width, shuffles_order_memory, site, payload, [&](const auto& of) {
+    meet(what, mask, width, shuffles_order_memory, site, payload, [&](const auto& of) LLAMA3_EMU_BARE {
         for (int lane = 0; lane < 32; ++lane) {
             if (!(mask >> lane & 1)) continue;
             const int from = source(lane, of(lane).parameter);
@@ -1553,12 +1572,12 @@ T shuffle(const char* what, unsigned mask, T value, int parameter, int width, Si
     return payload.result;
 }
 
-inline unsigned ballot(const char* what, unsigned mask, bool predicate, Site site) {
+LLAMA3_EMU_BARE inline unsigned ballot(const char* what, unsigned mask, bool predicate, Site site) {
     struct Payload {
         bool predicate;
         unsigned result;
     } payload{predicate, 0};
-    meet(what, mask, 0, shuffles_order_memory, site, payload, [&](const auto& of) {
+    meet(what, mask, 0, shuffles_order_memory, site, payload, [&](const auto& of) LLAMA3_EMU_BARE {
         unsigned result = 0;
         for (int lane = 0; lane < 32; ++lane)
             if (mask >> lane & 1 && of(lane).predicate) result |= 1u << lane;
@@ -1580,7 +1599,7 @@ struct MmaFragment {
 template <class Value>
 void mma_m16n8k16(const char* what, float d[4], const std::uint32_t a[4], const std::uint32_t b[2], Value value, Site site) {
     MmaFragment payload{d, a, b};
-    meet(what, ~0u, 0, false, site, payload, [&](const auto& of) {
+    meet(what, ~0u, 0, false, site, payload, [&](const auto& of) LLAMA3_EMU_BARE {
         float left[16][16], right[16][8];
         for (int lane = 0; lane < 32; ++lane)
             for (int half = 0; half < 2; ++half) {
@@ -1623,7 +1642,7 @@ void ldmatrix_x4(std::uint32_t r[4], Shared<T> row, bool transposed, const char*
     payload.r = r;
     note_shared(row.at, 16, 16, Use::read, site);
     std::memcpy(payload.values, row.at, 16);
-    meet(what, ~0u, 0, false, site, payload, [&](const auto& of) {
+    meet(what, ~0u, 0, false, site, payload, [&](const auto& of) LLAMA3_EMU_BARE {
         for (int lane = 0; lane < 32; ++lane)
             for (int tile = 0; tile < 4; ++tile) {
                 const int i = lane / 4, j = 2 * (lane % 4);
@@ -1650,28 +1669,28 @@ inline void __syncwarp(unsigned mask = 0xffffffff, cuda_emu::Site site = cuda_em
     cuda_emu::meet("__syncwarp", mask, 0, true, site, nothing, [](const auto&) {});
 }
 template <class T>
-auto __shfl_sync(unsigned mask, T value, int from, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
+LLAMA3_EMU_BARE auto __shfl_sync(unsigned mask, T value, int from, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
     return cuda_emu::shuffle<typename cuda_emu::PlainValue<T>::type>(
         "__shfl_sync", mask, value, from, width, site,
-        [width](int lane, int from) { return (lane & ~(width - 1)) | (from & (width - 1)); });
+        [width](int lane, int from) LLAMA3_EMU_INLINE { return (lane & ~(width - 1)) | (from & (width - 1)); });
 }
 template <class T>
-auto __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
+LLAMA3_EMU_BARE auto __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
     return cuda_emu::shuffle<typename cuda_emu::PlainValue<T>::type>(
         "__shfl_up_sync", mask, value, int(by), width, site,
-        [width](int lane, int by) { return (lane & (width - 1)) < by ? lane : lane - by; });
+        [width](int lane, int by) LLAMA3_EMU_INLINE { return (lane & (width - 1)) < by ? lane : lane - by; });
 }
 template <class T>
-auto __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
+LLAMA3_EMU_BARE auto __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
     return cuda_emu::shuffle<typename cuda_emu::PlainValue<T>::type>(
         "__shfl_down_sync", mask, value, int(by), width, site,
-        [width](int lane, int by) { return (lane & (width - 1)) + by >= width ? lane : lane + by; });
+        [width](int lane, int by) LLAMA3_EMU_INLINE { return (lane & (width - 1)) + by >= width ? lane : lane + by; });
 }
 template <class T>
-auto __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
+LLAMA3_EMU_BARE auto __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, cuda_emu::Site site = cuda_emu::Site()) {
     return cuda_emu::shuffle<typename cuda_emu::PlainValue<T>::type>(
         "__shfl_xor_sync", mask, value, bits, width, site,
-        [width](int lane, int bits) { return (lane ^ bits) >= (lane & ~(width - 1)) + width ? lane : (lane ^ bits) & 31; });
+        [width](int lane, int bits) LLAMA3_EMU_INLINE { return (lane ^ bits) >= (lane & ~(width - 1)) + width ? lane : (lane ^ bits) & 31; });
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, cuda_emu::Site site = cuda_emu::Site()) {
     return cuda_emu::ballot("__ballot_sync", mask, predicate != 0, site);
@@ -2222,6 +2241,7 @@ inline cudaError_t cudaMalloc(void** p, std::size_t bytes) {
     const std::size_t used = m.used[std::size_t(cuda_emu::current_device)];
     if (used > cuda_emu::device.memory || bytes > cuda_emu::device.memory - used)
         return cuda_emu::result(cudaErrorMemoryAllocation);
+    const cuda_emu::DeviceAccess access;
     *p = m.allocate(bytes, cuda_emu::current_device);
     return cuda_emu::result(*p ? cudaSuccess : cudaErrorMemoryAllocation);
 }
@@ -2240,6 +2260,7 @@ inline cudaError_t cudaFree(void* p) {
     if (!found || found->device < 0 || found->start != reinterpret_cast<std::uintptr_t>(p))
         return cuda_emu::result(cudaErrorInvalidValue);
     cuda_emu::drain_device(found->device, false);
+    const cuda_emu::DeviceAccess access;
     cuda_emu::memory().release(*found);
     return cudaSuccess;
 }
