@@ -2680,12 +2680,14 @@ struct Kernels {
     int few_tokens;                  // at most in a tile where there are few
     bool own_bf16;                   // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
-    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
+    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size, but not 5 or 7:
+    // their code would take longer to compile than they save.
     int tokens_together(Format format, int tokens) const {
         const int tile = tile_tokens[static_cast<std::size_t>(format)], tiles = (tokens + few_tokens - 1) / few_tokens;
-        return tokens < 4 * tile ? (tokens + tiles - 1) / tiles : tile;
+        const int few = (tokens + tiles - 1) / tiles;
+        return tokens >= 4 * tile ? tile : few > 4 ? few + few % 2 : few;
     }
-    // x: [tokens, stride], at most `together` of them
+    // x: [tokens, stride], at most `together` of them; what is missing is zero
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
     void (*multiply)(const Product& product);
     void (*swiglu)(float* gate, const float* up, int n);  // gate = SiLU(gate) ⊙ up
@@ -3214,9 +3216,10 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
 // Puts the columns of up to tile_tokens tokens in the order in which a tile reads them: f32 [column][token]; bf16
 // the same, rounded, or [pair of columns][token] for dot_bf16; for q8 and q4 per block [8 groups of 4 bytes][token],
 // [token] scales, [token] int32 where a sum of products begins: -bias Σ bytes.
-void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int, int columns) {
-    const std::size_t n = static_cast<std::size_t>(tokens), width = static_cast<std::size_t>(round_up(columns, 64));
-    for (std::size_t t = 0; t < n; ++t) {
+void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns) {
+    const std::size_t n = static_cast<std::size_t>(together), width = static_cast<std::size_t>(round_up(columns, 64));
+    if (tokens < together) std::memset(out, 0, n * packed_bytes(format, columns));
+    for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); ++t) {
         const float* row = x + t * stride;
         if (format == Format::f32)
             for (std::size_t c = 0; c < width; ++c) store_as(out + 4 * (c * n + t), row[c]);
@@ -3264,24 +3267,36 @@ LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* c
 
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    I pairs[P][parts];
     LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-    for (int h = 0; h < parts; ++h) {
-        if (h == 0) fetch_ahead(w[p], 64);
-        const I pairs = load_bits(w[p] + h * lanes * 4);
-#ifdef LLAMA3_BF16
+    for (int p = 0; p < P; ++p) {
+        fetch_ahead(w[p], 64);
         LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) sums[p][h][t] = dot_bf16(sums[p][h][t], pairs, splat_four(x + 4 * t));
-#else
-        const F even = as_float(shift_left<16>(pairs)),
-                odd = as_float(and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
-        LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) sums[p][h][t] = fma(even, splat(load_as<float>(x + 4 * t)), sums[p][h][t]);
-        LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) sums[p][h][t] = fma(odd, splat(load_as<float>(x + 4 * (N + t))), sums[p][h][t]);
-#endif
+        for (int h = 0; h < parts; ++h) pairs[p][h] = load_bits(w[p] + h * lanes * 4);
     }
-    x += own_bf16 ? 4 * N : 8 * N;
+#ifdef LLAMA3_BF16
+    LLAMA3_UNROLL
+    for (int t = 0; t < N; ++t, x += 4) LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) sums[p][h][t] = dot_bf16(sums[p][h][t], pairs[p][h], splat_four(x));
+#else
+    LLAMA3_UNROLL
+    for (int odd = 0; odd < 2; ++odd) {
+        F values[P][parts];
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h)
+            values[p][h] = as_float(odd ? and_bits(pairs[p][h], splat_int(static_cast<int>(0xffff0000u)))
+                                        : shift_left<16>(pairs[p][h]));
+        LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t, x += 4) {
+            const F value = splat(load_as<float>(x));
+            LLAMA3_UNROLL
+            for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) sums[p][h][t] = fma(values[p][h], value, sums[p][h][t]);
+        }
+    }
+#endif
 }
 
 // sums += dots * (scales of the weights and of the tokens at x).
@@ -3409,29 +3424,31 @@ constexpr bool is_unpacked = false;
 template <class Type>
 constexpr bool is_unpacked<Unpacked<Type>> = true;
 
-// Joins the chains of a panel, chains[segment * step + part * tokens + token], by the tree; stores them, or adds them to what is
-// there.
-void join_segments(const Product& product, int panel, F* chains, int step, int tokens, float* out) {
+// Joins the chains of a panel and the N tokens from `token` on, chains[segment * step + part * N + token], by the tree; stores
+// them, or adds them to what is there.
+template <int N>
+void join_segments(const Product& product, int panel, int token, F* chains, int step) {
     for (int n = product.w.segments; n > 1; n /= 2)
         for (int s = 0; s < n / 2; ++s)
-            for (int i = 0; i < parts * tokens; ++i)
+            for (int i = 0; i < parts * N; ++i)
                 chains[s * step + i] = chains[2 * s * step + i] + chains[(2 * s + 1) * step + i];
-    for (int h = 0; h < parts; ++h)
-        for (int t = 0; t < tokens; ++t) {
-            float* to = out + static_cast<std::size_t>(t) * product.stride + panel * panel_rows + h * lanes;
-            const F sum = chains[h * tokens + t];
-            store(to, product.add ? load(to) + sum : sum);
+    float* out = product.out + static_cast<std::size_t>(token) * product.stride + panel * panel_rows;
+    for (int t = 0; t < std::min(N, product.tokens - token); ++t, out += product.stride)
+        for (int h = 0; h < parts; ++h) {
+            const F sum = chains[h * N + t];
+            store(out + h * lanes, product.add ? load(out + h * lanes) + sum : sum);
         }
 }
 
-// A register tile: P panels, `step` apart, times N tokens packed at x. One chain per segment, joined by the tree. Panels from
-// `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the code
-// of narrower tiles would.
+// A register tile: P panels, `step` apart, times the N tokens from `token` on. One chain per segment, joined by the tree. Panels
+// from `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the
+// code of narrower tiles would.
 template <class Type, int P, int N>
-void multiply_tile(const Product& product, int panel, int step, int last, const std::byte* x, float* out) {
+void multiply_tile(const Product& product, int panel, int step, int last, int token) {
     const Matrix& w = product.w;
     const int units = w.units() / w.segments;
     constexpr std::size_t unit = is_unpacked<Type> ? 2 * 576 * P : unit_bytes(Type::format);
+    const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Type::format, w.columns);
     const std::byte* data[P];
     for (int p = 0; p < P; ++p)
         data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(std::min(panel + p * step, last - 1));
@@ -3453,7 +3470,7 @@ void multiply_tile(const Product& product, int panel, int step, int last, const 
         for (int t = 0; t < N; ++t) chains[s][p][h][t] = sums[p][h][t];
     }
     for (int p = 0; p < P && panel + p * step < last; ++p)
-        join_segments(product, panel + p * step, chains[0][p][0], P * parts * N, N, out);
+        join_segments<N>(product, panel + p * step, token, chains[0][p][0], P * parts * N);
 }
 
 // What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
@@ -3461,44 +3478,39 @@ template <class Type>
 using Wide =
     std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
 
-// Many tokens, whole tiles of them: tile_panels at a time, unpacked once for all.
+// Many tokens: tile_panels at a time, unpacked once for all tokens; or, as they are, for tokens that stay in the second-level cache.
 template <class Type>
-void multiply_many(const Product& product, int tokens) {
-    const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
-    for (int panel = product.first_panel; panel < product.last_panel; panel += tile_panels) {
-        if constexpr (is_unpacked<Wide<Type>>) unpack(Wide<Type>{}, product, panel);
-        for (std::size_t t = 0; t < static_cast<std::size_t>(tokens); t += tile_tokens)
-            multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1, product.last_panel,
-                                                                product.x + t * token_bytes, product.out + t * product.stride);
-    }
+void multiply_many(const Product& product) {
+    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns);
+    const int tiles = is_unpacked<Wide<Type>> ? product.tokens : std::max(static_cast<int>((std::size_t{1} << 19) / tile_bytes), 4);
+    const int most = tiles * tile_tokens;
+    for (int first = 0; first < product.tokens; first += most)
+        for (int panel = product.first_panel; panel < product.last_panel; panel += tile_panels) {
+            if constexpr (is_unpacked<Wide<Type>>) unpack(Wide<Type>{}, product, panel);
+            for (int t = first; t < std::min(first + most, product.tokens); t += tile_tokens)
+                multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1, product.last_panel, t);
+        }
 }
 
-// Up to N tokens times panels [first, last). Reading several streams of memory at once is faster than one, so the panels are cut
-// into as many runs as a tile has panels.
+// N tokens from `token` on times panels [first, last). Reading several streams of memory at once is faster than one, so the panels
+// are cut into as many runs as a tile has panels.
 template <class Type, int N>
-void multiply_few(const Product& product, int first, int last, int tokens, const std::byte* x, float* out) {
+void multiply_few(const Product& product, int first, int last, int token) {
+    constexpr int fewer = N > 4 ? N - 2 : N - 1;
     if constexpr (N > 1)
-        if (tokens < N) return multiply_few<Type, N - 1>(product, first, last, tokens, x, out);
+        if (product.together <= fewer) return multiply_few<Type, fewer>(product, first, last, token);
     constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
     const int run = (last - first + streams - 1) / streams;
-    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, x, out);
+    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, token);
 }
-
-static_assert(few_tokens >= tile_tokens);  // what is left of many tokens is few
 
 template <class Type>
 void multiply_as(const Product& product) {
-    const std::size_t token_bytes = packed_bytes(Type::format, product.w.columns);
-    const bool many = product.together == tile_tokens && product.tokens >= 4 * tile_tokens;
-    const int done = many ? product.tokens / tile_tokens * tile_tokens : 0;
-    if (many) multiply_many<Type>(product, done);
+    if (product.together == tile_tokens && product.tokens >= 4 * tile_tokens) return multiply_many<Type>(product);
     const int block = product.tokens <= product.together ? product.last_panel - product.first_panel : 16;  // stays in cache
     for (int first = product.first_panel; first < product.last_panel; first += block)
-        for (int t = done; t < product.tokens; t += product.together)
-            multiply_few<Type, few_tokens>(product, first, std::min(first + block, product.last_panel),
-                                           std::min(product.together, product.tokens - t),
-                                           product.x + static_cast<std::size_t>(t) * token_bytes,
-                                           product.out + static_cast<std::size_t>(t) * product.stride);
+        for (int t = 0; t < product.tokens; t += product.together)
+            multiply_few<Type, few_tokens>(product, first, std::min(first + block, product.last_panel), t);
 }
 
 void multiply(const Product& product) {
@@ -3853,9 +3865,10 @@ LLAMA3_INLINE void finish_unit(std::byte* dots) {
 }
 
 // Sixteen tokens times a panel of q8 at w.
-void multiply_tile(const Product& product, int panel, const std::byte* w, const std::byte* x, int tokens, float* out) {
+void multiply_tile(const Product& product, int panel, const std::byte* w, int token) {
     alignas(64) std::byte dots[2][2 * tile_bytes];
     const int segments = product.w.segments, units = product.w.units() / segments;
+    const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Format::q8, product.w.columns);
     F chains[max_segments][tile_tokens];
     begin_unit(x, w);
     finish_unit(dots[0]);
@@ -3881,7 +3894,7 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, const 
         LLAMA3_UNROLL
         for (int t = 0; t < tile_tokens; ++t) chains[s][t] = sums[t];
     }
-    join_segments(product, panel, chains[0], tile_tokens, tokens, out);
+    join_segments<tile_tokens>(product, panel, token, chains[0], tile_tokens);
 }
 
 void multiply_blocks(const Product& product) {
@@ -3897,17 +3910,16 @@ void multiply_blocks(const Product& product) {
             if (product.w.format == Format::q4) unpack(product.w, panel, product.room), w = product.room;
             forget_loads();  // the tile instructions read memory unknown to the compiler
             for (int t = first; t < std::min(first + block, product.tokens); t += tile_tokens)
-                multiply_tile(product, panel, w, product.x + static_cast<std::size_t>(t) * token_bytes,
-                              std::min(tile_tokens, product.tokens - t),
-                              product.out + static_cast<std::size_t>(t) * product.stride);
+                multiply_tile(product, panel, w, t);
         }
     _tile_release();
 }
 
 // Up to 16 tokens times 4 panels of bf16, `step` apart; those from the last panel on give no output.
-void multiply_pairs(const Product& product, int panel, int step, const std::byte* x, int tokens, float* out) {
+void multiply_pairs(const Product& product, int panel, int step, int token, int tokens) {
     constexpr int P = 4;
     const Matrix& w = product.w;
+    const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Format::bf16, w.columns);
     F sums[max_segments][P][16];
     alignas(64) std::byte rest[P][tile_bytes];
     const int columns = w.columns / w.segments;
@@ -3950,11 +3962,10 @@ void multiply_pairs(const Product& product, int panel, int step, const std::byte
     }
     forget_loads();
     for (int p = 0; p < P && panel + p * step < product.last_panel; ++p)
-        join_segments(product, panel + p * step, sums[0][p], P * 16, tokens, out);
+        join_segments<16>(product, panel + p * step, token, sums[0][p], P * 16);
 }
 
 void multiply_bf16(const Product& product) {
-    const std::size_t token_bytes = packed_bytes(Format::bf16, product.w.columns);
     const int quads = (product.last_panel - product.first_panel + 3) / 4;
     // One group of tokens: four runs of panels side by side. Several: four panels, for one group after the other.
     const bool alone = product.tokens <= product.together;
@@ -3969,9 +3980,7 @@ void multiply_bf16(const Product& product) {
                 shapes.load();
                 shaped = tokens;
             }
-            multiply_pairs(product, product.first_panel + (alone ? i : 4 * i), alone ? quads : 1,
-                           product.x + static_cast<std::size_t>(t) * token_bytes, tokens,
-                           product.out + static_cast<std::size_t>(t) * product.stride);
+            multiply_pairs(product, product.first_panel + (alone ? i : 4 * i), alone ? quads : 1, t, tokens);
         }
     _tile_release();
 }
@@ -4324,7 +4333,7 @@ struct CpuBuffers {
         up = arena.tensor(rows, c.ffn_dim);
         const std::size_t sums = static_cast<std::size_t>(round_up(c.dim, 64));  // without a gap: they travel as they stand
         if (ranks > 1) partial = {arena.take<float>((n + 1) * sums), rows + 1, c.dim, sums};
-        packed_bytes = static_cast<std::size_t>(round_up(rows, max_tile_tokens)) * detail::packed_bytes(Format::f32, widest);
+        packed_bytes = static_cast<std::size_t>(rows + max_tile_tokens) * detail::packed_bytes(Format::f32, widest);
         packed = arena.take<std::byte>(packed_bytes);
         turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
         const int queries = std::max(attention_queries, c.n_heads / c.n_kv_heads);

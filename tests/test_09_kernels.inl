@@ -47,7 +47,7 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
         const std::vector<float> row = random_floats(static_cast<std::size_t>(m.columns), static_cast<std::uint64_t>(t + 1));
         std::copy(row.begin(), row.end(), x.begin() + t * static_cast<int>(stride));
     }
-    d::AlignedBuffer packed(static_cast<std::size_t>(round_up(tokens, d::max_tile_tokens)) * d::packed_bytes(m.format, m.columns));
+    d::AlignedBuffer packed(static_cast<std::size_t>(tokens + d::max_tile_tokens) * d::packed_bytes(m.format, m.columns));
     const int together = kernels.tokens_together(m.format, tokens);
     for (int t = 0; t < tokens; t += together)
         kernels.pack(m.format, packed.data() + static_cast<std::size_t>(t) * d::packed_bytes(m.format, m.columns), x.data() + static_cast<std::size_t>(t) * stride, stride,
