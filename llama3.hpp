@@ -715,8 +715,7 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #endif
 static_assert(FLT_EVAL_METHOD == 0, "llama3.hpp: floats must be rounded to float: compile with -msse2 -mfpmath=sse.");
 
-namespace llama3 {
-namespace detail {
+namespace llama3::detail {
 
 
 
@@ -775,13 +774,7 @@ inline float exp(float x) {
     const float n = fma(x, log2_e, round) - round;
     const float r = fma(n, -ln2_low, fma(n, -ln2_high, x));
     float p = 1.0f / 5040;
-    p = fma(p, r, 1.0f / 720);
-    p = fma(p, r, 1.0f / 120);
-    p = fma(p, r, 1.0f / 24);
-    p = fma(p, r, 1.0f / 6);
-    p = fma(p, r, 0.5f);
-    p = fma(p, r, 1.0f);
-    p = fma(p, r, 1.0f);
+    for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, term);
     const int exponent = static_cast<int>(n);  // -126 to 128; 2^128 is no float: scale in two steps
     const int half = exponent >> 1;
     return p * std::bit_cast<float>((127 + half) << 23) * std::bit_cast<float>((127 + exponent - half) << 23);
@@ -835,12 +828,10 @@ inline void cos_sin(double angle, double& cosine, double& sine) {
     for (int k = 18; k >= 2; k -= 2) c = 1 - c * r2 / (k * (k - 1));
     for (int k = 19; k >= 3; k -= 2) s = 1 - s * r2 / (k * (k - 1));
     s *= r;
-    switch (static_cast<long long>(n) & 3) {
-        case 0: cosine = c, sine = s; break;
-        case 1: cosine = -s, sine = c; break;
-        case 2: cosine = -c, sine = -s; break;
-        default: cosine = s, sine = -c; break;
-    }
+    const long long quarters = static_cast<long long>(n);
+    if (quarters & 2) c = -c, s = -s;
+    cosine = quarters & 1 ? -s : c;
+    sine = quarters & 1 ? c : s;
 }
 
 // ── What the sections before §15 use of it ──
@@ -851,36 +842,27 @@ class AlignedBuffer {
 public:
     AlignedBuffer() = default;
     explicit AlignedBuffer(std::size_t bytes, bool dense = false);  // throws Error(memory)
-    ~AlignedBuffer();
-    AlignedBuffer(AlignedBuffer&& other) noexcept
-        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-    AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
-        std::swap(data_, other.data_), std::swap(size_, other.size_);
-        return *this;
-    }
-    std::byte* data() const { return data_; }
-    std::size_t size() const { return size_; }
+    std::byte* data() const { return data_.get(); }
+    std::size_t size() const { return data_ ? data_.get_deleter().bytes : 0; }
 
 private:
-    std::byte* data_ = nullptr;
-    std::size_t size_ = 0;
+    struct Free {
+        std::size_t bytes;
+        void operator()(std::byte* data) const;
+    };
+    std::unique_ptr<std::byte, Free> data_;
 };
 
-// A whole file, mapped read-only and shared.
-class FileMapping {
-public:
-    explicit FileMapping(const std::string& path);  // throws Error(file)
-    ~FileMapping();
-    FileMapping(const FileMapping&) = delete;
-    FileMapping& operator=(const FileMapping&) = delete;
-    std::span<const std::byte> bytes() const { return {data_, size_}; }
+using Bytes = std::span<const std::byte>;
 
-private:
-    const std::byte* data_ = nullptr;
-    std::size_t size_ = 0;
+// Bytes that stay where they are as long as their owner lives.
+struct Image {
+    Bytes bytes;
+    std::shared_ptr<const void> owner;
 };
-
-AlignedBuffer read_file(const std::string& path);  // throws Error(file), Error(memory)
+Image in_memory(AlignedBuffer buffer);
+Image map_file(const std::string& path);   // shares the pages of the file; throws Error(file)
+Image read_file(const std::string& path);  // throws Error(file), Error(memory)
 
 // The default modes (round to nearest, denormals kept, nothing trapped) while it lives; then the caller's again.
 class FloatEnvironment {
@@ -911,8 +893,7 @@ std::string environment(const char* name);  // a variable of the environment; em
 
 std::span<const std::uint32_t> unicode_classes();  // runs of code points, ascending: first code point << 2 | class (§6)
 
-}  // namespace detail
-}  // namespace llama3
+}  // namespace llama3::detail
 
 // ═══ Part II: What Llama 3 computes ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -984,8 +965,8 @@ std::vector<float> rope_frequencies(const Config& config) {
         const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
         float frequency = 1 / static_cast<float>(exp64(static_cast<double>(exponent) * log_theta));
         if (config.rope_factor != 1) {
-            const float wavelength = 6.28318530717958648f / frequency,
-                        context = static_cast<float>(config.rope_original_context);
+            const float wavelength = 6.28318530717958648f / frequency;
+            const float context = static_cast<float>(config.rope_original_context);
             const float low = config.rope_low_freq_factor, high = config.rope_high_freq_factor;
             if (wavelength > context / low) frequency = frequency / config.rope_factor;
             else if (wavelength >= context / high) {
@@ -1075,8 +1056,7 @@ private:
 };
 
 // softmax(q · keysᵀ / √E) values over positions 0 to n - 1, for one query head                      out, query: [E]
-void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n,
-                      int head_dim) {
+void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n, int head_dim) {
     const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
     const std::size_t width = static_cast<std::size_t>(head_dim);
     std::vector<float> scores(attention_segment), mix(width);
@@ -1316,10 +1296,12 @@ std::size_t append_repaired(std::string& out, std::string_view text) {
 }
 
 bool is_utf8(std::string_view text) {
-    while (!text.empty()) {
-        const Character c = read_character(text);
+    for (std::size_t i = 0; i < text.size();) {
+        while (i < text.size() && static_cast<unsigned char>(text[i]) < 0x80) ++i;  // most text, most of the time
+        if (i == text.size()) break;
+        const Character c = read_character(text.substr(i));
         if (!c.valid) return false;
-        text.remove_prefix(c.length);
+        i += c.length;
     }
     return true;
 }
@@ -1447,16 +1429,14 @@ struct Tokenizer::Impl {
         return rank_bytes.substr(begin, starts[rank + 1] - begin);
     }
 
-    // Where a token is among the slots; where it is none, the empty slot that it would get.
-    std::size_t find_slot(std::string_view piece, std::uint64_t hash) const {
+    std::uint32_t rank(std::string_view piece) const {
+        if (piece.size() > longest) return detail::no_rank;
+        const std::uint64_t hash = detail::hash_bytes(piece);
         const auto tag = static_cast<std::uint32_t>(hash >> 32);
         for (std::size_t i = hash & (slots.size() - 1);; i = (i + 1) & (slots.size() - 1)) {
             const Slot slot = slots[i];
-            if (slot.rank == detail::no_rank || (slot.tag == tag && token(slot.rank) == piece)) return i;
+            if (slot.rank == detail::no_rank || (slot.tag == tag && token(slot.rank) == piece)) return slot.rank;
         }
-    }
-    std::uint32_t rank(std::string_view piece) const {
-        return piece.size() > longest ? detail::no_rank : slots[find_slot(piece, detail::hash_bytes(piece))].rank;
     }
 
     // -1 for an ordinary token and for the ids that nothing uses
@@ -1571,17 +1551,19 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
     impl->end_tokens = std::move(end_tokens);
     impl->owner = std::move(owner);
 
-    impl->slots.resize(std::bit_ceil(2 * n + 2));
+    const std::size_t mask = std::bit_ceil(2 * n + 2) - 1;
+    impl->slots.resize(mask + 1);
     for (std::size_t rank = 0; rank < n; ++rank) {
         const std::string_view token = impl->token(rank);
-        const std::uint64_t hash = hash_bytes(token);
-        const std::size_t at = impl->find_slot(token, hash);
-        Tokenizer::Impl::Slot& slot = impl->slots[at];
-        if (slot.rank != no_rank) refuse("two tokens are equal", to_text(slot.rank, " and ", rank), "different bytes");
-        if (((at - hash) & (impl->slots.size() - 1)) >= 1000)  // half full, chance gives a run of some dozens
-            refuse("the tokens were chosen to collide", "1000 probes", "some dozens");
-        slot = {static_cast<std::uint32_t>(rank), static_cast<std::uint32_t>(hash >> 32)};
         impl->longest = std::max(impl->longest, token.size());
+        if (const std::uint32_t equal = impl->rank(token); equal != no_rank)
+            refuse("two tokens are equal", to_text(equal, " and ", rank), "different bytes");
+        const std::uint64_t hash = hash_bytes(token);
+        std::size_t slot = hash & mask;
+        for (int probes = 0; impl->slots[slot].rank != no_rank; slot = (slot + 1) & mask)
+            if (++probes == 1000)  // half full, chance gives a run of some dozens
+                refuse("the tokens were chosen to collide", "1000 probes", "some dozens");
+        impl->slots[slot] = {static_cast<std::uint32_t>(rank), static_cast<std::uint32_t>(hash >> 32)};
     }
     for (unsigned byte = 0; byte < 256; ++byte) {
         const char text = static_cast<char>(byte);
@@ -1620,15 +1602,13 @@ std::vector<int> Tokenizer::encode(std::string_view text, Special special) const
     std::vector<int> ids;
     ids.reserve(text.size() / 4 + 8);
     std::size_t begin = 0;  // of the ordinary text before the next special token, which is encoded on its own
-    for (std::size_t i = 0; special == Special::parse && i < text.size();) {
+    for (std::size_t i = 0; special == Special::parse && i < text.size(); ++i) {
         const int found = impl_->begins_special[static_cast<unsigned char>(text[i])] ? impl_->special_at(text.substr(i)) : -1;
-        if (found < 0) {
-            ++i;
-            continue;
-        }
+        if (found < 0) continue;
         impl_->encode_ordinary(text.substr(begin, i - begin), ids);
         ids.push_back(static_cast<int>(impl_->special_ids[static_cast<std::size_t>(found)]));
-        begin = i += impl_->special_names[static_cast<std::size_t>(found)].size();
+        begin = i + impl_->special_names[static_cast<std::size_t>(found)].size();
+        i = begin - 1;
     }
     impl_->encode_ordinary(text.substr(begin), ids);
     return ids;
@@ -1805,9 +1785,8 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
     session.backend_row = -1;  // the back end's rows are another call's from here on, whether or not this one succeeds
 
     const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
-    int chunk = std::min<int>(count, std::min<int>(session.options.chunk, session.backend->max_rows()));
-    if (each) chunk = std::min<int>(chunk, (1 << 24) / session.model.config().vocab_size);  // 64 MB of logits
-    chunk = std::max<int>(chunk, 1);
+    int chunk = std::min({count, session.options.chunk, session.backend->max_rows()});
+    if (each) chunk = std::min(chunk, (1 << 24) / session.model.config().vocab_size);  // 64 MB of logits
     std::vector<Row> rows;
     rows.reserve(static_cast<std::size_t>(chunk));
     for (int first = 0; first < count; first += chunk) {
@@ -2128,16 +2107,11 @@ namespace detail {
 
 // Python's str.strip(): \s and U+001C to U+001F.
 std::string_view strip(std::string_view text) {
-    const auto is_space = [&](std::size_t i, std::size_t& length) {
-        return class_at(text, i, length) == CharClass::space || (text[i] >= 0x1C && text[i] <= 0x1F);
-    };
-    std::size_t begin = 0, end = text.size(), length = 0;
-    while (begin < end && is_space(begin, length)) begin += length;
-    while (end > begin) {
-        std::size_t last = end - 1;
-        while (last > begin && end - last < 4 && (text[last] & 0xC0) == 0x80) --last;  // to the first byte of the character
-        if (!is_space(last, length) || last + length != end) break;
-        end = last;
+    std::size_t begin = text.size(), end = text.size();  // of what is not white space
+    for (std::size_t i = 0, length = 0; i < text.size(); i += length) {
+        if (class_at(text, i, length) == CharClass::space || (text[i] >= 0x1C && text[i] <= 0x1F)) continue;
+        begin = std::min(begin, i);
+        end = i + length;
     }
     return text.substr(begin, end - begin);
 }
@@ -2208,13 +2182,11 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
         message("system", system, false, "<|eot_id|>");
     }
     std::string tools;  // shown in front of the first user's text
+    if (!style.tools.empty())
+        tools = "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
+                "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
+                "of argument name and its value}.Do not use variables.\n\n";
     for (const std::string& tool : style.tools) tools += tool + "\n\n";
-    if (!tools.empty())
-        tools =
-            "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
-            "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
-            "of argument name and its value}.Do not use variables.\n\n" +
-            tools;
     for (; i < messages.size(); ++i) {
         const Message& m = messages[i];
         const bool result = m.role == "ipython" || m.role == "tool";
@@ -4001,8 +3973,7 @@ const Kernels& choose_kernels(const std::string& wanted) {
 // A team runs one function on every thread; threads meet at barriers. With OpenMP the team is a parallel region, so that a host
 // that uses OpenMP itself keeps one pool of threads; without, and for ranks, the threads are ours.
 
-namespace llama3 {
-namespace detail {
+namespace llama3::detail {
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -4132,8 +4103,7 @@ using Team = ThreadTeam;
 
 #endif
 
-}  // namespace detail
-}  // namespace llama3
+}  // namespace llama3::detail
 
 // ═══ §12  The CPU back end ═════════════════════════════════════════════════════════════════════════════════════════════════════
 //
@@ -4613,12 +4583,8 @@ std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
 // of attention_out and down are summed, twice per layer, and when somebody asks for logits. A rank's columns are whole segments,
 // so that its sum is a sub-tree of the one rank's, and join_ranks() the rest of the tree: the bits stay.
 //
-// Per token and layer a rank sends 2 (4 D + 4) bytes to each other one (D in whole 64s), the 4 being its wish to stop; per token
-// rank 0 gets 4 V/R bytes from each, or 8 where the best candidate decides, 8 (k + 1) where the best k do. Between processes two
-// short commands go before these.
-//
-// Three ways to run: LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in
-// a LeadBackend that tells the others what to do, and those are in follow().
+// LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in a LeadBackend
+// that tells the others what to do, and those are in follow().
 
 namespace llama3 {
 namespace detail {
@@ -4821,7 +4787,7 @@ class LocalRanks final : public Backend {
 public:
     LocalRanks(Device& device, const Model& model, const Options& options)
         : vocabulary_(static_cast<std::size_t>(model.config().vocab_size)), communicators_(ranks_in_process(options.ranks)),
-          backends_(communicators_.size()), batches_(communicators_.size()), team_(options.ranks) {
+          backends_(communicators_.size()), team_(options.ranks) {
         if (team_.threads() != options.ranks)
             fail(Code::memory, "Options::ranks", "the system has no more threads", team_.threads(), options.ranks,
                  "Use fewer ranks");
@@ -4845,8 +4811,7 @@ public:
         logits_.resize(static_cast<std::size_t>(wanted) * vocabulary_);
         bool done = true;  // by all or by none
         on_all([&](std::size_t rank) {
-            std::vector<Row>& rows = batches_[rank];
-            rows.assign(batch.rows.begin(), batch.rows.end());
+            std::vector<Row> rows(batch.rows.begin(), batch.rows.end());
             for (Row& row : rows) row.cache = static_cast<Cache*>(row.cache)->parts[rank].get();
             const bool own = backends_[rank]->step({rows}, rank == 0 ? cancel : nullptr);
             if (rank == 0) done = own;
@@ -4887,7 +4852,6 @@ private:
     std::size_t vocabulary_;
     std::vector<std::shared_ptr<InProcess>> communicators_;
     std::vector<std::unique_ptr<Backend>> backends_;
-    std::vector<std::vector<Row>> batches_;
     std::vector<float> logits_;
     std::atomic_flag failed_;
     std::exception_ptr failure_;
@@ -5203,13 +5167,14 @@ public:
         }
     }
     void broadcast(std::vector<std::byte>& message) override {
-        int bytes = static_cast<int>(message.size());
+        std::uint64_t bytes = message.size();
         run("MPI_Ibcast", rank_ == 0 ? "a command" : nullptr,
-            [&](MPI_Request* request) { return MPI_Ibcast(&bytes, 1, MPI_INT, 0, world_, request); });
+            [&](MPI_Request* request) { return MPI_Ibcast(&bytes, 1, MPI_UINT64_T, 0, world_, request); });
         message.resize(static_cast<std::size_t>(bytes));
         if (bytes == 0) return;
-        run("MPI_Ibcast", "a command",
-            [&](MPI_Request* request) { return MPI_Ibcast(message.data(), bytes, MPI_BYTE, 0, world_, request); });
+        run("MPI_Ibcast", "a command", [&](MPI_Request* request) {
+            return MPI_Ibcast(message.data(), static_cast<int>(bytes), MPI_BYTE, 0, world_, request);
+        });
     }
     void barrier() override {
         run("MPI_Ibarrier", "a barrier", [&](MPI_Request* request) { return MPI_Ibarrier(world_, request); });
@@ -5297,8 +5262,6 @@ struct Model::Impl {
 namespace detail {
 
 static_assert(std::endian::native == std::endian::little, "llama3.hpp reads its files in place, and they are little-endian.");
-
-using Bytes = std::span<const std::byte>;
 
 // BLAKE2b (Aumasson et al., 2013; RFC 7693) with a digest of 8 bytes and no key, as a little-endian number.
 std::uint64_t blake2b(Bytes data) {
@@ -5602,8 +5565,7 @@ std::string read_name(const Check& check, const std::byte* entry, std::size_t i)
 }
 
 // The tensors, each compared with the one that must stand there. `end`: of the last section; `size`: of the file.
-std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config& config, std::uint64_t end,
-                                   std::uint64_t size) {
+std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config& config, std::uint64_t end, std::uint64_t size) {
     const std::uint64_t stated = table.size() < 8 ? 0 : load_as<std::uint32_t>(table.data());
     check.equal("the tensor table", "has a wrong size", std::uint64_t{table.size()}, 8 + entry_bytes * stated);
     const std::size_t count = (table.size() - 8) / entry_bytes;
@@ -5666,10 +5628,11 @@ Weights bind_weights(const std::byte* image, const Config& config, const std::ve
 }
 
 // Reads the header, the configuration, the tensor table and the tokenizer, and touches nothing else.
-std::shared_ptr<Model::Impl> open_model(const std::string& name, Bytes image, std::shared_ptr<const void> owner) {
+std::shared_ptr<Model::Impl> open_model(const std::string& name, Image file) {
     const Check check{name};
     auto model = std::make_shared<Model::Impl>();
-    model->name = name, model->image = image, model->owner = std::move(owner);
+    model->name = name, model->image = file.bytes, model->owner = std::move(file.owner);
+    const Bytes image = model->image;
     const std::uint64_t size = read_header(check, image, model->sections);
     const auto& [config, tokenizer, table, provenance] = model->sections;
     check.sum("the configuration", section_of(image, config), config.checksum);
@@ -5870,24 +5833,19 @@ AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool 
 // ── Model ──
 
 Model Model::load(const std::string& path, Loading loading) {
-    if (loading == Loading::map) {
-        const auto mapping = std::make_shared<const detail::FileMapping>(path);
-        return Model(detail::open_model(path, mapping->bytes(), mapping));
-    }
-    const auto memory = std::make_shared<const detail::AlignedBuffer>(detail::read_file(path));
-    return Model(detail::open_model(path, {memory->data(), memory->size()}, memory));
+    return Model(detail::open_model(path, loading == Loading::map ? detail::map_file(path) : detail::read_file(path)));
 }
 
 Model Model::from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner) {
     const detail::Check check{"model in memory", "Copy it into memory from std::aligned_alloc or the like", Code::argument};
     const auto past = reinterpret_cast<std::uintptr_t>(image.data()) % 64;
     if (past != 0) check.bad("the image is not aligned", detail::to_text(past, " bytes past"), "a multiple of 64");
-    return Model(detail::open_model("model in memory", image, std::move(owner)));
+    return Model(detail::open_model("model in memory", {image, std::move(owner)}));
 }
 
 Model Model::synthetic(const Config& config, Format format, std::uint64_t seed) {
-    const auto memory = std::make_shared<const detail::AlignedBuffer>(detail::synthetic_image(config, format, seed, false));
-    const auto impl = detail::open_model("synthetic model", {memory->data(), memory->size()}, memory);
+    const detail::Image image = detail::in_memory(detail::synthetic_image(config, format, seed, false));
+    const auto impl = detail::open_model("synthetic model", image);
     impl->synthetic = true;
     return Model(impl);
 }
@@ -5967,8 +5925,7 @@ MemoryPlan plan_memory(const Config& config, Format format, const Options& optio
 // All that depends on the operating system or on the processor's name: files, memory, floating-point modes, what the machine
 // has; and the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
 
-namespace llama3 {
-namespace detail {
+namespace llama3::detail {
 
 // ── Files and memory ──
 
@@ -5990,7 +5947,7 @@ std::string system_error() {
 // Large buffers are pages of their own: zero, and backed by memory only once they are touched.
 constexpr std::size_t large_buffer = std::size_t{1} << 20;
 
-AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : size_(bytes) {
+AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) {
     if (bytes == 0) return;
     void* memory = nullptr;
     if (bytes < large_buffer) {
@@ -6010,15 +5967,15 @@ AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : s
     if (!memory)
         fail(Code::memory, "memory", "the system has not enough", "less", to_text(bytes, " bytes"),
              "Choose a smaller context or cache format, or a smaller model");
-    data_ = static_cast<std::byte*>(memory);
+    data_ = {static_cast<std::byte*>(memory), Free{bytes}};
 }
 
-AlignedBuffer::~AlignedBuffer() {
-    if (size_ < large_buffer) ::operator delete (data_, std::align_val_t{64});
+void AlignedBuffer::Free::operator()(std::byte* data) const {
+    if (bytes < large_buffer) ::operator delete (data, std::align_val_t{64});
 #if defined(_WIN32)
-    else VirtualFree(data_, 0, MEM_RELEASE);
+    else VirtualFree(data, 0, MEM_RELEASE);
 #else
-    else munmap(data_, size_);
+    else munmap(data, bytes);
 #endif
 }
 
@@ -6096,18 +6053,20 @@ public:
     }
 };
 
-FileMapping::FileMapping(const std::string& path) {
+Image map_file(const std::string& path) {
     const File file(path);
-    if (file.size() == 0) return;  // systems refuse to map nothing
-    data_ = static_cast<const std::byte*>(file.map());
-    size_ = file.size();
+    const std::size_t size = file.size();
+    if (size == 0) return {};  // systems refuse to map nothing
+    std::shared_ptr<const void> view(file.map(), [size](const void* data) { File::unmap(data, size); });
+    return {{static_cast<const std::byte*>(view.get()), size}, view};
 }
 
-FileMapping::~FileMapping() {
-    if (data_) File::unmap(data_, size_);
+Image in_memory(AlignedBuffer buffer) {
+    const auto owner = std::make_shared<const AlignedBuffer>(std::move(buffer));
+    return {{owner->data(), owner->size()}, owner};
 }
 
-AlignedBuffer read_file(const std::string& path) {
+Image read_file(const std::string& path) {
     const File file(path);
     AlignedBuffer buffer(file.size(), true);
     for (std::size_t done = 0; done < buffer.size();) {
@@ -6118,7 +6077,7 @@ AlignedBuffer read_file(const std::string& path) {
                       "Try again");
         done += static_cast<std::size_t>(n);
     }
-    return buffer;
+    return in_memory(std::move(buffer));
 }
 
 std::string environment(const char* name) {
@@ -6130,14 +6089,13 @@ std::string environment(const char* name) {
 
 CpuFeatures cpu_features() {
     CpuFeatures features;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     std::uint32_t a, b, c, d;
     const auto query = [&](std::uint32_t leaf, std::uint32_t subleaf) { __cpuid_count(leaf, subleaf, a, b, c, d); };
     const auto has = [](std::uint32_t bits, int bit) { return (bits >> bit & 1) != 0; };
     query(0, 0);
-    const std::uint32_t leaves = a;
     features.intel = b == 0x756e6547;  // "Genu"ineIntel
-    if (leaves < 7) return features;
+    if (a < 7) return features;
     query(1, 0);
     if (!has(c, 27)) return features;  // no OSXSAVE: the system saves no wide registers
     const bool avx_fma_f16c = has(c, 28) && has(c, 12) && has(c, 29);
@@ -6186,7 +6144,7 @@ int usable_cpus() {
 
 // MXCSR 0x1f80: round to nearest, keep denormals, trap nothing. FPCR 0: the same.
 FloatEnvironment::FloatEnvironment() noexcept {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     saved_ = _mm_getcsr();
     _mm_setcsr(0x1f80);
 #elif defined(__aarch64__)
@@ -6196,7 +6154,7 @@ FloatEnvironment::FloatEnvironment() noexcept {
 }
 
 FloatEnvironment::~FloatEnvironment() {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     _mm_setcsr(static_cast<unsigned>(saved_));
 #elif defined(__aarch64__)
     __asm__ volatile("msr fpcr, %0" : : "r"(saved_));
@@ -6251,8 +6209,7 @@ constexpr auto unicode_runs = [] {
 
 std::span<const std::uint32_t> unicode_classes() { return unicode_runs; }
 
-}  // namespace detail
-}  // namespace llama3
+}  // namespace llama3::detail
 
 #pragma pop_macro("min")
 #pragma pop_macro("max")
