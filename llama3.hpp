@@ -715,14 +715,9 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #endif
 static_assert(FLT_EVAL_METHOD == 0, "llama3.hpp: floats must be rounded to float: compile with -msse2 -mfpmath=sse.");
 
-namespace llama3 {
-namespace detail {
+namespace llama3::detail {
 
-// Every error of the library: `where: what is wrong (found X, expected Y). What to do.`
-[[noreturn]] inline void fail(Code code, const std::string& where, const std::string& what, const std::string& found,
-                              const std::string& expected, const std::string& to_do) {
-    throw Error(code, where + ": " + what + " (found " + found + ", expected " + expected + "). " + to_do + ".");
-}
+
 
 // Text of its parts, numbers among them.
 template <class... Parts>
@@ -738,6 +733,13 @@ std::string to_text(const Parts&... parts) {
     };
     (add(parts), ...);
     return text;
+}
+
+// Every error of the library: `where: what is wrong (found X, expected Y). What to do.` X and Y may be numbers.
+template <class Found, class Expected>
+[[noreturn]] void fail(Code code, const std::string& where, const std::string& what, const Found& found, const Expected& expected,
+                       const std::string& to_do) {
+    throw Error(code, to_text(where, ": ", what, " (found ", found, ", expected ", expected, "). ", to_do, "."));
 }
 
 // fma(a, b, c) = a b + c, rounded once. Where the processor may lack the instruction it is made of exact steps in double: the
@@ -772,13 +774,7 @@ inline float exp(float x) {
     const float n = fma(x, log2_e, round) - round;
     const float r = fma(n, -ln2_low, fma(n, -ln2_high, x));
     float p = 1.0f / 5040;
-    p = fma(p, r, 1.0f / 720);
-    p = fma(p, r, 1.0f / 120);
-    p = fma(p, r, 1.0f / 24);
-    p = fma(p, r, 1.0f / 6);
-    p = fma(p, r, 0.5f);
-    p = fma(p, r, 1.0f);
-    p = fma(p, r, 1.0f);
+    for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, term);
     const int exponent = static_cast<int>(n);  // -126 to 128; 2^128 is no float: scale in two steps
     const int half = exponent >> 1;
     return p * std::bit_cast<float>((127 + half) << 23) * std::bit_cast<float>((127 + exponent - half) << 23);
@@ -832,20 +828,13 @@ inline void cos_sin(double angle, double& cosine, double& sine) {
     for (int k = 18; k >= 2; k -= 2) c = 1 - c * r2 / (k * (k - 1));
     for (int k = 19; k >= 3; k -= 2) s = 1 - s * r2 / (k * (k - 1));
     s *= r;
-    switch (static_cast<long long>(n) & 3) {
-        case 0: cosine = c, sine = s; break;
-        case 1: cosine = -s, sine = c; break;
-        case 2: cosine = -c, sine = -s; break;
-        default: cosine = s, sine = -c; break;
-    }
+    const long long quarters = static_cast<long long>(n);
+    if (quarters & 2) c = -c, s = -s;
+    cosine = quarters & 1 ? -s : c;
+    sine = quarters & 1 ? c : s;
 }
 
-}  // namespace detail
-}  // namespace llama3
-
-// What the sections before §15 use of it: defined there.
-namespace llama3 {
-namespace detail {
+// ── What the sections before §15 use of it ──
 
 // Zeroed memory, aligned to 64 bytes. Large buffers come from the system page by page, so what is never touched costs nothing;
 // `dense` says that all of it will be touched: then larger pages are asked for, which are faster to get and to walk.
@@ -853,36 +842,27 @@ class AlignedBuffer {
 public:
     AlignedBuffer() = default;
     explicit AlignedBuffer(std::size_t bytes, bool dense = false);  // throws Error(memory)
-    ~AlignedBuffer();
-    AlignedBuffer(AlignedBuffer&& other) noexcept
-        : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-    AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
-        std::swap(data_, other.data_), std::swap(size_, other.size_);
-        return *this;
-    }
-    std::byte* data() const { return data_; }
-    std::size_t size() const { return size_; }
+    std::byte* data() const { return data_.get(); }
+    std::size_t size() const { return data_ ? data_.get_deleter().bytes : 0; }
 
 private:
-    std::byte* data_ = nullptr;
-    std::size_t size_ = 0;
+    struct Free {
+        std::size_t bytes;
+        void operator()(std::byte* data) const;
+    };
+    std::unique_ptr<std::byte, Free> data_;
 };
 
-// A whole file, mapped read-only and shared.
-class FileMapping {
-public:
-    explicit FileMapping(const std::string& path);  // throws Error(file)
-    ~FileMapping();
-    FileMapping(const FileMapping&) = delete;
-    FileMapping& operator=(const FileMapping&) = delete;
-    std::span<const std::byte> bytes() const { return {data_, size_}; }
+using Bytes = std::span<const std::byte>;
 
-private:
-    const std::byte* data_ = nullptr;
-    std::size_t size_ = 0;
+// Bytes that stay where they are as long as their owner lives.
+struct Image {
+    Bytes bytes;
+    std::shared_ptr<const void> owner;
 };
-
-AlignedBuffer read_file(const std::string& path);  // throws Error(file), Error(memory)
+Image in_memory(AlignedBuffer buffer);
+Image map_file(const std::string& path);   // shares the pages of the file; throws Error(file)
+Image read_file(const std::string& path);  // throws Error(file), Error(memory)
 
 // The default modes (round to nearest, denormals kept, nothing trapped) while it lives; then the caller's again.
 class FloatEnvironment {
@@ -913,8 +893,7 @@ std::string environment(const char* name);  // a variable of the environment; em
 
 std::span<const std::uint32_t> unicode_classes();  // runs of code points, ascending: first code point << 2 | class (§6)
 
-}  // namespace detail
-}  // namespace llama3
+}  // namespace llama3::detail
 
 // ═══ Part II: What Llama 3 computes ════════════════════════════════════════════════════════════════════════════════════════════
 
@@ -964,9 +943,8 @@ float decode_weight(const Matrix& w, int row, int column);  // W[row, column]
 void decode_row(const Matrix& w, int row, float* out);      // W[row, :], with the columns that fill up the last unit
 float round_to_bf16(float x);
 float quantise_group(const float* x, std::int8_t* bytes);  // 32 activations -> bytes and their scale
-int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes,
-              float& w_scale);                                                 // q8, q4: one exact product of 32
-void round_trip_channels(Format format, float* to, const float* from, int n);  // what a cache gives back of up to 32 channels
+int block_dot(const Matrix& w, int row, int column, const std::int8_t* bytes, float& w_scale);  // q8, q4: an exact product of 32
+void round_trip(Format format, float* to, const float* from, int n);  // what a cache of this format gives back of a head
 
 // out = x / sqrt(mean(x²) + ε) ⊙ weight       [D]      (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019)
 void rmsnorm(float* out, const float* x, const float* weight, int n, float eps) {
@@ -987,8 +965,8 @@ std::vector<float> rope_frequencies(const Config& config) {
         const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.head_dim);
         float frequency = 1 / static_cast<float>(exp64(static_cast<double>(exponent) * log_theta));
         if (config.rope_factor != 1) {
-            const float wavelength = 6.28318530717958648f / frequency,
-                        context = static_cast<float>(config.rope_original_context);
+            const float wavelength = 6.28318530717958648f / frequency;
+            const float context = static_cast<float>(config.rope_original_context);
             const float low = config.rope_low_freq_factor, high = config.rope_high_freq_factor;
             if (wavelength > context / low) frequency = frequency / config.rope_factor;
             else if (wavelength >= context / high) {
@@ -1056,28 +1034,19 @@ void linear(float* y, const Matrix& w, const float* x) {
 class ReferenceCache final : public KVCache {
 public:
     ReferenceCache(const Config& config, int capacity, Format format)
-        : config_(config), capacity_(capacity), format_(format),
-          keys_(static_cast<std::size_t>(config.n_layers) * static_cast<std::size_t>(capacity) *
-                static_cast<std::size_t>(config.n_kv_heads * config.head_dim)),
-          values_(keys_.size()) {}
+        : config_(config), capacity_(capacity), format_(format), keys_(offset(config.n_layers, 0, 0)), values_(keys_.size()) {}
     int capacity() const override { return capacity_; }
     void store(int layer, int position, int head, const float* key, const float* value) {
-        round_trip(keys_.data() + offset(layer, position, head), key);
-        round_trip(values_.data() + offset(layer, position, head), value);
+        round_trip(format_, keys_.data() + offset(layer, position, head), key, config_.head_dim);
+        round_trip(format_, values_.data() + offset(layer, position, head), value, config_.head_dim);
     }
     const float* key(int layer, int position, int head) const { return keys_.data() + offset(layer, position, head); }
     const float* value(int layer, int position, int head) const { return values_.data() + offset(layer, position, head); }
 
 private:
     std::size_t offset(int layer, int position, int head) const {
-        const std::size_t row =
-            static_cast<std::size_t>(layer) * static_cast<std::size_t>(capacity_) + static_cast<std::size_t>(position);
-        return (row * static_cast<std::size_t>(config_.n_kv_heads) + static_cast<std::size_t>(head)) *
-               static_cast<std::size_t>(config_.head_dim);
-    }
-    void round_trip(float* to, const float* from) const {
-        for (int e = 0; e < config_.head_dim; e += block_columns)
-            round_trip_channels(format_, to + e, from + e, std::min(block_columns, config_.head_dim - e));
+        const std::int64_t row = std::int64_t{layer} * capacity_ + position;
+        return static_cast<std::size_t>((row * config_.n_kv_heads + head) * config_.head_dim);
     }
 
     Config config_;
@@ -1087,8 +1056,7 @@ private:
 };
 
 // softmax(q · keysᵀ / √E) values over positions 0 to n - 1, for one query head                      out, query: [E]
-void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n,
-                      int head_dim) {
+void attend_reference(float* out, const float* query, const ReferenceCache& cache, int layer, int kv_head, int n, int head_dim) {
     const float scale = 1 / std::sqrt(static_cast<float>(head_dim));
     const std::size_t width = static_cast<std::size_t>(head_dim);
     std::vector<float> scores(attention_segment), mix(width);
@@ -1130,11 +1098,9 @@ struct OwnedTensor {
     std::vector<float> memory;
     Tensor tensor;
     OwnedTensor(const OwnedTensor&) = delete;  // tensor points into memory
-    OwnedTensor(int rows, int columns) {
-        tensor = {nullptr, rows, columns, static_cast<std::size_t>(round_up(columns, 64))};
-        memory.resize(static_cast<std::size_t>(rows) * tensor.stride);
-        tensor.data = memory.data();
-    }
+    OwnedTensor(int rows, int columns)
+        : memory(static_cast<std::size_t>(rows * round_up(columns, 64))),
+          tensor{memory.data(), rows, columns, static_cast<std::size_t>(round_up(columns, 64))} {}
 };
 
 class ReferenceBackend final : public Backend, public Stages {
@@ -1249,17 +1215,16 @@ class ReferenceDevice final : public Device {
 public:
     std::unique_ptr<Backend> open(const Model& model, const Options& options) override {
         if (options.ranks != 1)
-            fail(Code::argument, "Options::ranks", "the plain loops do not split a model", std::to_string(options.ranks), "1",
+            fail(Code::argument, "Options::ranks", "the plain loops do not split a model", options.ranks, 1,
                  "Use cpu() or cuda()");
         return std::make_unique<ReferenceBackend>(model, options);
     }
     std::uint64_t cache_bytes(const Config& c, const Options& options) const override {
-        return 8ull * static_cast<std::uint64_t>(c.n_layers) * static_cast<std::uint64_t>(options.context) *
-               static_cast<std::uint64_t>(c.n_kv_heads * c.head_dim);
+        return static_cast<std::uint64_t>(std::int64_t{8} * c.n_layers * options.context * c.n_kv_heads * c.head_dim);
     }
     std::uint64_t activations_bytes(const Config& c, const Options& options) const override {
-        return 4ull * static_cast<std::uint64_t>(std::min(options.chunk, 64)) *
-               static_cast<std::uint64_t>(c.dim + 2 * c.n_heads * c.head_dim + c.ffn_dim + c.vocab_size);
+        const int floats = c.dim + 2 * c.n_heads * c.head_dim + c.ffn_dim + c.vocab_size;  // of a row
+        return 4ull * static_cast<std::uint64_t>(std::min(options.chunk, 64)) * static_cast<std::uint64_t>(floats);
     }
 };
 
@@ -1498,8 +1463,8 @@ struct Tokenizer::Impl {
 
     void check(const char* where, int id) const {
         if (id < 0 || id >= vocab_size)
-            detail::fail(Code::argument, where, "a token id is out of range", std::to_string(id),
-                         "0 to " + std::to_string(vocab_size - 1), "Use ids of this model's vocabulary");
+            detail::fail(Code::argument, where, "a token id is out of range", id, detail::to_text("0 to ", vocab_size - 1),
+                         "Use ids of this model's vocabulary");
     }
 
     std::string_view bytes(int id) const {
@@ -1567,7 +1532,7 @@ struct Tokenizer::Impl {
 namespace detail {
 
 // Views of a file's tokenizer section (convert/FORMAT.md, section 3), whose memory `owner` keeps alive. §14 has checked the
-// numbers (starts and ids ascend, within their bounds); here the tokens themselves are checked. `where` names the file.
+// numbers (starts and ids ascend, all within their bounds); here the tokens themselves are checked. `where` names the file.
 std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint32_t> rank_starts, std::string_view rank_bytes,
                                                       std::span<const std::uint32_t> special_ids,
                                                       std::span<const std::uint32_t> name_starts, std::string_view name_bytes,
@@ -1590,23 +1555,19 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
     impl->slots.resize(mask + 1);
     for (std::size_t rank = 0; rank < n; ++rank) {
         const std::string_view token = impl->token(rank);
+        impl->longest = std::max(impl->longest, token.size());
+        if (const std::uint32_t equal = impl->rank(token); equal != no_rank)
+            refuse("two tokens are equal", to_text(equal, " and ", rank), "different bytes");
         const std::uint64_t hash = hash_bytes(token);
-        const auto tag = static_cast<std::uint32_t>(hash >> 32);
         std::size_t slot = hash & mask;
-        for (int probes = 0; impl->slots[slot].rank != no_rank; slot = (slot + 1) & mask) {
-            if (impl->slots[slot].tag == tag && impl->token(impl->slots[slot].rank) == token)
-                refuse("two tokens are equal", std::to_string(impl->slots[slot].rank) + " and " + std::to_string(rank),
-                       "different bytes");
-            if (++probes == 1000)
-                refuse("the tokens were chosen to collide", "1000 probes",
-                       "some dozens");  // half full, chance gives a run of some dozens
-        }
-        impl->slots[slot] = {static_cast<std::uint32_t>(rank), tag};
-        impl->longest = std::max<std::size_t>(impl->longest, token.size());
+        for (int probes = 0; impl->slots[slot].rank != no_rank; slot = (slot + 1) & mask)
+            if (++probes == 1000)  // half full, chance gives a run of some dozens
+                refuse("the tokens were chosen to collide", "1000 probes", "some dozens");
+        impl->slots[slot] = {static_cast<std::uint32_t>(rank), static_cast<std::uint32_t>(hash >> 32)};
     }
     for (unsigned byte = 0; byte < 256; ++byte) {
         const char text = static_cast<char>(byte);
-        impl->byte_rank[byte] = n == 0 ? no_rank : impl->rank({&text, 1});
+        impl->byte_rank[byte] = impl->rank({&text, 1});
         if (impl->byte_rank[byte] == no_rank) refuse("a single byte has no token", std::to_string(byte), "all 256");
     }
 
@@ -1622,11 +1583,6 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
         if (names[sorted[i]] == names[sorted[i - 1]])
             refuse("two special tokens have one name", std::string(names[sorted[i]]), "different names");
 
-    impl->end_tokens.push_back(begin_token);  // to look at all of them
-    for (const int id : impl->end_tokens)
-        if (id < 0 || id >= vocab_size)
-            refuse("a begin or end token is out of range", std::to_string(id), "0 to " + std::to_string(vocab_size - 1));
-    impl->end_tokens.pop_back();
     return impl;
 }
 
@@ -1641,20 +1597,18 @@ std::vector<int> Tokenizer::encode(std::string_view text, Special special) const
         text = repaired;
     }
     if (text.size() > 0x7FFFFFFFu)
-        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", std::to_string(text.size()) + " bytes",
+        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", detail::to_text(text.size(), " bytes"),
                      "less than 2 GiB", "Encode it in parts");
     std::vector<int> ids;
     ids.reserve(text.size() / 4 + 8);
     std::size_t begin = 0;  // of the ordinary text before the next special token, which is encoded on its own
-    for (std::size_t i = 0; special == Special::parse && i < text.size();) {
+    for (std::size_t i = 0; special == Special::parse && i < text.size(); ++i) {
         const int found = impl_->begins_special[static_cast<unsigned char>(text[i])] ? impl_->special_at(text.substr(i)) : -1;
-        if (found < 0) {
-            ++i;
-            continue;
-        }
+        if (found < 0) continue;
         impl_->encode_ordinary(text.substr(begin, i - begin), ids);
         ids.push_back(static_cast<int>(impl_->special_ids[static_cast<std::size_t>(found)]));
-        begin = i += impl_->special_names[static_cast<std::size_t>(found)].size();
+        begin = i + impl_->special_names[static_cast<std::size_t>(found)].size();
+        i = begin - 1;
     }
     impl_->encode_ordinary(text.substr(begin), ids);
     return ids;
@@ -1687,7 +1641,7 @@ int Tokenizer::special(std::string_view name) const {
 
 bool Tokenizer::is_end(int id) const {
     impl_->check("Tokenizer::is_end", id);
-    return std::find(impl_->end_tokens.begin(), impl_->end_tokens.end(), id) != impl_->end_tokens.end();
+    return std::ranges::find(impl_->end_tokens, id) != impl_->end_tokens.end();
 }
 
 int Tokenizer::begin_token() const { return impl_->begin_token; }
@@ -1727,11 +1681,9 @@ struct Session::Impl {
     std::shared_ptr<Device> device;  // the backend, and what it made, end before it
     std::unique_ptr<Backend> backend{};
     std::unique_ptr<KVCache> cache{};
-    std::vector<int> tokens{};    // those in the cache; has room for all, so that adding them cannot fail
-    std::vector<float> logits{};  // [V] of the last token, where has_logits
-    bool has_logits = false;
-    int backend_row = -1;          // where the back end has them too: its logits(backend_row); -1: no longer
-    bool only_on_device = false;   // they have not been copied to `logits` yet
+    std::vector<int> tokens{};     // those in the cache; has room for all, so that adding them cannot fail
+    std::vector<float> logits{};   // [V] of the last token, or empty; has room too
+    int backend_row = -1;          // the back end has them as its logits(backend_row), perhaps it alone; -1: no longer
     bool drawn_on_device = false;  // the last token that was drawn
     bool busy = false;             // a feed() is running
     std::atomic<bool> cancel{false};
@@ -1773,78 +1725,68 @@ Session::Impl& alive(const std::unique_ptr<Session::Impl>& impl, const char* whe
     return *impl;
 }
 
-// Marks sessions as busy while it lives: a callback that feeds its own session, or a session that is listed twice, is an error.
-class InUse {
-public:
-    explicit InUse(std::size_t count) { sessions_.reserve(count); }
-    InUse(const InUse&) = delete;
-    InUse& operator=(const InUse&) = delete;
-    ~InUse() {
-        for (Session::Impl* session : sessions_) session->busy = false;
-    }
-    void add(Session::Impl& session, const char* where) {
-        if (session.busy)
-            fail(Code::argument, where, "the session is in use", "a call inside its own feed(), or the session twice in a list",
-                 "one use at a time", "Wait until the first has returned");
-        session.busy = true;
-        sessions_.push_back(&session);
-    }
-
-private:
-    std::vector<Session::Impl*> sessions_;
+// Holds a flag up while it lives: a call inside a callback of the same object, or a session that is listed twice, is an error.
+struct Lower {
+    void operator()(bool* busy) const { *busy = false; }
 };
+using InUse = std::unique_ptr<bool, Lower>;
+InUse use(bool& busy, const char* where) {
+    if (busy)
+        fail(Code::argument, where, "it is in use", "a call inside its own callback, or a session twice in a list",
+             "one use at a time", "Wait until the first has returned");
+    busy = true;
+    return InUse(&busy);
+}
 
 void check_tokens(const Session::Impl& session, std::span<const int> tokens, const char* where) {
     const int vocabulary = session.model.config().vocab_size;
     for (const int id : tokens)
         if (id < 0 || id >= vocabulary)
-            fail(Code::argument, where, "a token id is out of range", std::to_string(id),
-                 "0 to " + std::to_string(vocabulary - 1), "Encode the text with this model's tokenizer");
+            fail(Code::argument, where, "a token id is out of range", id, to_text("0 to ", vocabulary - 1),
+                 "Encode the text with this model's tokenizer");
     const std::size_t room = static_cast<std::size_t>(session.options.context) - session.tokens.size();
     if (tokens.size() > room)
-        fail(Code::context, where, "the tokens do not fit into the context of " + std::to_string(session.options.context),
-             std::to_string(tokens.size()) + " after " + std::to_string(session.tokens.size()),
-             "at most " + std::to_string(room), "Feed fewer, rewind(), or set a larger Options::context");
+        fail(Code::context, where, to_text("the tokens do not fit into the context of ", session.options.context),
+             to_text(tokens.size(), " after ", session.tokens.size()), to_text("at most ", room),
+             "Feed fewer, rewind(), or set a larger Options::context");
 }
 
 [[noreturn]] void fail_cancelled(Session::Impl& session, const char* where) {
     session.cancel = false;
     fail(Code::cancelled, where, "the call was cancelled", "a cancel()", "none",
-         "Call it again to go on from the " + std::to_string(session.tokens.size()) + " tokens that the session holds");
+         to_text("Call it again to go on from the ", session.tokens.size(), " tokens that the session holds"));
 }
 
 // Cannot fail, so that a session changes as a whole or not at all. `tokens` may be part of session.tokens, which stays put.
 void commit(Session::Impl& session, std::span<const int> tokens, std::span<const float> logits) {
     session.tokens.resize(session.tokens.size() + tokens.size());
     std::copy(tokens.begin(), tokens.end(), session.tokens.end() - static_cast<std::ptrdiff_t>(tokens.size()));
-    std::copy(logits.begin(), logits.end(), session.logits.begin());
-    session.has_logits = true, session.only_on_device = false, session.backend_row = -1;
+    session.logits.assign(logits.begin(), logits.end());
+    session.backend_row = -1;
 }
 
+// Copies the logits that the back end alone has.
 void bring_logits(Session::Impl& session) {
-    if (!session.only_on_device) return;
+    if (session.backend_row < 0 || !session.logits.empty()) return;
     const std::span<const float> logits = session.backend->logits(session.backend_row);
-    std::copy(logits.begin(), logits.end(), session.logits.begin());
-    session.only_on_device = false;
+    session.logits.assign(logits.begin(), logits.end());
 }
 
 void feed(Session::Impl& session, std::span<const int> tokens, const std::function<void(int, std::span<const float>)>* each) {
     const char* where = "Session::feed";
-    InUse in_use(1);
-    in_use.add(session, where);
+    const InUse in_use = use(session.busy, where);
     check_tokens(session, tokens, where);
-    if (tokens.empty() && !session.has_logits)
+    bring_logits(session);
+    if (tokens.empty() && session.logits.empty())
         fail(Code::argument, where, "there are no logits to go on from", "0 tokens", "at least 1",
              "Feed the begin token at least");
     if (session.cancel) fail_cancelled(session, where);
-    bring_logits(session);
     if (tokens.empty()) return;
     session.backend_row = -1;  // the back end's rows are another call's from here on, whether or not this one succeeds
 
     const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
-    int chunk = std::min<int>(count, std::min<int>(session.options.chunk, session.backend->max_rows()));
-    if (each) chunk = std::min<int>(chunk, (1 << 24) / session.model.config().vocab_size);  // 64 MB of logits
-    chunk = std::max<int>(chunk, 1);
+    int chunk = std::min({count, session.options.chunk, session.backend->max_rows()});
+    if (each) chunk = std::min(chunk, (1 << 24) / session.model.config().vocab_size);  // 64 MB of logits
     std::vector<Row> rows;
     rows.reserve(static_cast<std::size_t>(chunk));
     for (int first = 0; first < count; first += chunk) {
@@ -1862,14 +1804,13 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
 // Feeds a token whose logits stay on the device, for a token that is drawn there. It cannot be cancelled: it is one step.
 void feed_on_device(Session::Impl& session, int token) {
     const char* where = "generate";
-    InUse in_use(1);
-    in_use.add(session, where);
+    const InUse in_use = use(session.busy, where);
     check_tokens(session, {&token, 1}, where);
     const Row row{token, static_cast<int>(session.tokens.size()), session.cache.get(), true};
-    session.has_logits = false;  // where the step fails
+    session.logits.clear(), session.backend_row = -1;  // where the step fails
     session.backend->step({{&row, 1}}, nullptr);
     session.tokens.push_back(token);
-    session.has_logits = session.only_on_device = true, session.backend_row = 0;
+    session.backend_row = 0;
 }
 
 }  // namespace detail
@@ -1881,7 +1822,7 @@ Session::Session(Model model, const Options& options)
     session.backend = detail::open_backend(*session.device, session.model, session.options);
     session.cache = session.backend->make_cache();
     session.tokens.reserve(static_cast<std::size_t>(session.options.context));
-    session.logits.resize(static_cast<std::size_t>(session.model.config().vocab_size));
+    session.logits.reserve(static_cast<std::size_t>(session.model.config().vocab_size));
 }
 
 Session::~Session() = default;
@@ -1904,14 +1845,14 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
                      "Pass one token for each of several sessions with the same Options");
     };
     if (sessions.size() != tokens.size())
-        refuse("every session needs one token", std::to_string(tokens.size()) + " tokens",
-               std::to_string(sessions.size()) + ", as there are sessions");
-    detail::InUse in_use(sessions.size());
+        refuse("every session needs one token", detail::to_text(tokens.size(), " tokens"),
+               detail::to_text(sessions.size(), ", as there are sessions"));
+    std::vector<detail::InUse> in_use;
     std::vector<Impl*> impls;
     for (std::size_t i = 0; i < sessions.size(); ++i) {
         if (!sessions[i]) refuse("a session is missing", "a null pointer at " + std::to_string(i), "a session");
         Impl& session = detail::alive(sessions[i]->impl_, where);
-        in_use.add(session, where);
+        in_use.push_back(detail::use(session.busy, where));
         detail::check_tokens(session, tokens.subspan(i, 1), where);
         impls.push_back(&session);
         const Options &a = session.options, &b = impls[0]->options;
@@ -1943,9 +1884,8 @@ void Session::feed_together(std::span<Session* const> sessions, std::span<const 
 }
 
 std::span<const float> Session::logits() const {
-    Impl& session = detail::alive(impl_, "Session::logits");
-    if (session.has_logits) detail::bring_logits(session);
-    return session.has_logits ? std::span<const float>(session.logits) : std::span<const float>();
+    detail::bring_logits(detail::alive(impl_, "Session::logits"));
+    return impl_->logits;
 }
 std::span<const int> Session::tokens() const { return detail::alive(impl_, "Session::tokens").tokens; }
 StageTimes Session::stage_times() const { return detail::alive(impl_, "Session::stage_times").backend->stage_times(); }
@@ -1955,11 +1895,11 @@ const Model& Session::model() const { return detail::alive(impl_, "Session::mode
 
 void Session::rewind(int position) {
     Impl& session = detail::alive(impl_, "Session::rewind");
-    detail::InUse(1).add(session, "Session::rewind");
+    const detail::InUse in_use = detail::use(session.busy, "Session::rewind");
     const int most = this->position();
     detail::check_range("Session::rewind", position, position >= 0 && position <= most, "0 to " + std::to_string(most));
     session.tokens.resize(static_cast<std::size_t>(position));
-    session.has_logits = session.only_on_device = false;
+    session.logits.clear(), session.backend_row = -1;
 }
 
 // Only a store to an atomic: a signal handler may call it.
@@ -1979,8 +1919,8 @@ namespace detail {
 float largest(std::span<const float> logits, const char* where) {
     float best = -std::numeric_limits<float>::infinity();
     for (const float logit : logits) best = logit > best ? logit : best;
-    if (std::find(logits.begin(), logits.end(), best) == logits.end())
-        fail(Code::argument, where, "there is no logit that is a number", std::to_string(logits.size()) + " others", "some",
+    if (std::ranges::find(logits, best) == logits.end())
+        fail(Code::argument, where, "there is no logit that is a number", to_text(logits.size(), " others"), "some",
              "Check the model: its weights may be damaged");
     return best;
 }
@@ -2029,27 +1969,10 @@ void keep_best(std::vector<Candidate>& candidates, double limit, const Measure& 
     std::erase_if(candidates, [&](const Candidate& c) { return more_likely(last, c); });
 }
 
-}  // namespace detail
-
-Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), state_(sampling.seed) {
-    const Sampling& s = sampling_;
-    const auto check = [](const char* name, auto value, bool good, const char* expected) {
-        detail::check_range(name, value, good && std::isfinite(static_cast<double>(value)), expected);
-    };
-    check("Sampling::temperature", s.temperature, s.temperature >= 0, "0 or more");
-    check("Sampling::top_p", s.top_p, s.top_p > 0 && s.top_p <= 1, "more than 0, at most 1");
-    check("Sampling::min_p", s.min_p, s.min_p >= 0 && s.min_p <= 1, "0 to 1");
-    check("Sampling::top_k", s.top_k, s.top_k >= 0, "0 or more");
-    check("Sampling::repeat_penalty", s.repeat_penalty, s.repeat_penalty > 0, "more than 0");
-    check("Sampling::repeat_last", s.repeat_last, s.repeat_last >= 0, "0 or more");
-}
-
-namespace detail {
-
 // Draws from a row of logits, after the penalty; `random` is a number of the generator.
 int draw_token(std::span<const float> logits, const Sampling& s, std::uint64_t random, std::vector<Candidate>& candidates) {
     const float best = largest(logits, "Sampler::sample");
-    if (s.temperature == 0) return static_cast<int>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+    if (s.temperature == 0) return static_cast<int>(std::ranges::find(logits, best) - logits.begin());
 
     candidates.clear();
     candidates.reserve(logits.size());
@@ -2077,6 +2000,20 @@ int draw_token(std::span<const float> logits, const Sampling& s, std::uint64_t r
 
 }  // namespace detail
 
+Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), state_(sampling.seed) {
+    const Sampling& s = sampling_;
+    const auto check = [](const char* name, auto value, bool good, const char* expected) {
+        detail::check_range(name, value, good && std::isfinite(static_cast<double>(value)), expected);
+    };
+    check("Sampling::temperature", s.temperature, s.temperature >= 0, "0 or more");
+    check("Sampling::top_p", s.top_p, s.top_p > 0 && s.top_p <= 1, "more than 0, at most 1");
+    check("Sampling::min_p", s.min_p, s.min_p >= 0 && s.min_p <= 1, "0 to 1");
+    check("Sampling::top_k", s.top_k, s.top_k >= 0, "0 or more");
+    check("Sampling::repeat_penalty", s.repeat_penalty, s.repeat_penalty > 0, "more than 0");
+    check("Sampling::repeat_last", s.repeat_last, s.repeat_last >= 0, "0 or more");
+}
+
+
 int Sampler::sample(std::span<const float> logits, std::span<const int> history) {
     const detail::FloatEnvironment environment;
     const Sampling& s = sampling_;
@@ -2100,7 +2037,7 @@ int Sampler::sample(std::span<const float> logits, std::span<const int> history)
 
 int Sampler::sample(Session& session) {
     Session::Impl& s = detail::alive(session.impl_, "Sampler::sample");
-    if (s.has_logits && s.backend_row >= 0 && sampling_.repeat_penalty == 1) {
+    if (s.backend_row >= 0 && sampling_.repeat_penalty == 1) {
         std::uint64_t state = state_;
         const std::uint64_t random = sampling_.temperature == 0 ? 0 : detail::next_random(state);
         if (const int token = s.backend->draw(s.backend_row, sampling_, random); token >= 0) {
@@ -2119,7 +2056,7 @@ float log_probability(std::span<const float> logits, int token) {
     const float best = detail::largest(logits, "log_probability"), logit = logits[static_cast<std::size_t>(token)];
     float lanes[16] = {};
     for (std::size_t i = 0; i < logits.size(); ++i) lanes[i % 16] += detail::relative_probability(logits[i], best, 1);
-    if (!(logit == best || (std::isfinite(logit) && std::isfinite(best)))) return -std::numeric_limits<float>::infinity();
+    if (logit != logit) return -std::numeric_limits<float>::infinity();
     const double difference = logit == best ? 0 : static_cast<double>(logit) - static_cast<double>(best);
     return static_cast<float>(difference - detail::log(static_cast<double>(detail::sum_lanes(lanes))));
 }
@@ -2154,8 +2091,7 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
         const bool go_on = !on_token || on_token({token, text, options.logits ? session.logits() : std::span<const float>()});
         if (session.position() != position)
             detail::fail(Code::argument, "generate", "the callback changed its session",
-                         std::to_string(session.position()) + " tokens", std::to_string(position),
-                         "Change it between two calls");
+                         detail::to_text(session.position(), " tokens"), position, "Change it between two calls");
         if (!full && !options.logits && session.impl_->drawn_on_device) detail::feed_on_device(*session.impl_, token);
         else if (!full && !feed({&token, 1})) return Finish::cancelled;
         if (end) return Finish::end_token;
@@ -2171,16 +2107,11 @@ namespace detail {
 
 // Python's str.strip(): \s and U+001C to U+001F.
 std::string_view strip(std::string_view text) {
-    const auto is_space = [&](std::size_t i, std::size_t& length) {
-        return class_at(text, i, length) == CharClass::space || (text[i] >= 0x1C && text[i] <= 0x1F);
-    };
-    std::size_t begin = 0, end = text.size(), length = 0;
-    while (begin < end && is_space(begin, length)) begin += length;
-    while (end > begin) {
-        std::size_t last = end - 1;
-        while (last > begin && end - last < 4 && (text[last] & 0xC0) == 0x80) --last;  // to the first byte of the character
-        if (!is_space(last, length) || last + length != end) break;
-        end = last;
+    std::size_t begin = text.size(), end = text.size();  // of what is not white space
+    for (std::size_t i = 0, length = 0; i < text.size(); i += length) {
+        if (class_at(text, i, length) == CharClass::space || (text[i] >= 0x1C && text[i] <= 0x1F)) continue;
+        begin = std::min(begin, i);
+        end = i + length;
     }
     return text.substr(begin, end - begin);
 }
@@ -2251,13 +2182,11 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
         message("system", system, false, "<|eot_id|>");
     }
     std::string tools;  // shown in front of the first user's text
+    if (!style.tools.empty())
+        tools = "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
+                "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
+                "of argument name and its value}.Do not use variables.\n\n";
     for (const std::string& tool : style.tools) tools += tool + "\n\n";
-    if (!tools.empty())
-        tools =
-            "Given the following functions, please respond with a JSON for a function call with its proper arguments that "
-            "best answers the given prompt.\n\nRespond in the format {\"name\": function name, \"parameters\": dictionary "
-            "of argument name and its value}.Do not use variables.\n\n" +
-            tools;
     for (; i < messages.size(); ++i) {
         const Message& m = messages[i];
         const bool result = m.role == "ipython" || m.role == "tool";
@@ -2305,14 +2234,7 @@ std::string Chat::say(std::string_view text, const std::function<bool(std::strin
 // The whole conversation is rendered each time, which costs little beside a forward pass, and what the cache holds of it
 // already is kept. So each prompt is exactly render_chat(messages()), after an answer that was cut, an error or a restart too.
 std::string Chat::say(Message message, const std::function<bool(std::string_view)>& on_text) {
-    if (busy_)
-        detail::fail(Code::argument, "Chat::say", "the chat is in use", "a call inside its own callback", "one at a time",
-                     "Wait until the answer has ended");
-    struct Busy {
-        bool& flag;
-        explicit Busy(bool& f) : flag(f) { flag = true; }
-        ~Busy() { flag = false; }
-    } const busy(busy_);
+    const detail::InUse in_use = detail::use(busy_, "Chat::say");
     const Model& model = session_.model();
     const ChatStyle& style = options_.style;
     const auto context = static_cast<std::size_t>(session_.context());
@@ -2326,19 +2248,18 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
     int restarts = restarts_;
     if (options_.overflow == ChatOptions::Overflow::restart && prompt.size() + room > context) {
         const auto first = messages.begin() + (options_.system.empty() ? 0 : 1);
-        std::vector<std::ptrdiff_t> turns;  // where they start: with a message of the user
+        std::vector<std::vector<Message>::iterator> turns;  // where they start: with a message of the user
         for (auto m = first; m != messages.end(); ++m)
-            if (m != first && m->role == "user") turns.push_back(m - first);
-        const auto keep_from = [&](std::ptrdiff_t turn) {
+            if (m != first && m->role == "user") turns.push_back(m);
+        const auto keep_from = [&](auto turn) {
             std::vector<Message> kept(messages.begin(), first);
-            kept.insert(kept.end(), first + turn, messages.end());
+            kept.insert(kept.end(), turn, messages.end());
             return kept;
         };
-        const auto too_long = [&](std::ptrdiff_t turn) {
-            return render_chat(model, keep_from(turn), style).size() > context / 2;
-        };
         if (!turns.empty()) {
-            const auto turn = std::partition_point(turns.begin(), turns.end(), too_long);
+            const auto turn = std::ranges::partition_point(turns, [&](auto start) {
+                return render_chat(model, keep_from(start), style).size() > context / 2;
+            });
             messages = keep_from(turn == turns.end() ? turns.back() : *turn);
             prompt = render_chat(model, messages, style);
             ++restarts;
@@ -2346,7 +2267,7 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
     }
     if (prompt.size() >= context)
         detail::fail(Code::context, "Chat::say", "the conversation does not fit into the context",
-                     std::to_string(prompt.size()) + " tokens", "at most " + std::to_string(context - 1),
+                     detail::to_text(prompt.size(), " tokens"), detail::to_text("at most ", context - 1),
                      "Shorten the message, or set a larger Options::context");
 
     const auto cached = session_.tokens();
@@ -2461,45 +2382,44 @@ inline std::uint16_t quantise_channels(const float* x, int n, std::int8_t* bytes
     return finite ? to_fp16(scale) : std::uint16_t{0x7e00};  // infinity or NaN in: NaN out
 }
 
-// weight = byte * scale. A unit is 16 vectors of [16 rows][4 columns], then [2 blocks][16 rows] scales.
-struct Q8 {
+// What q8 and q4 share: weight = value * scale. A unit is `vectors` of [16 rows][4 bytes], then [2 blocks][16 rows] scales.
+template <class Q>
+struct Blocks {
+    static std::size_t scale_at(int row, int block) { return static_cast<std::size_t>(64 * Q::vectors + 32 * block + 2 * row); }
+    static float scale(const std::byte* unit, int row, int block) {
+        return from_fp16(load_as<std::uint16_t>(unit + scale_at(row, block)));
+    }
+    static float decode(const std::byte* unit, int row, int column) {
+        return static_cast<float>(Q::value(unit, row, column)) * scale(unit, row, column / block_columns);
+    }
+};
+
+// value = byte. A row's bytes in a vector are 4 columns.
+struct Q8 : Blocks<Q8> {
     static constexpr Format format = Format::q8;
     static constexpr int vectors = 16;
     static int value(const std::byte* unit, int row, int column) {
         return static_cast<std::int8_t>(unit[64 * (column / 4) + 4 * row + column % 4]);
-    }
-    static float scale(const std::byte* unit, int row, int block) {
-        return from_fp16(load_as<std::uint16_t>(unit + 64 * vectors + 32 * block + 2 * row));
-    }
-    static float decode(const std::byte* unit, int row, int column) {
-        return static_cast<float>(value(unit, row, column)) * scale(unit, row, column / block_columns);
     }
     static void encode(const float* rows, std::size_t stride, std::byte* unit) {
         for (int r = 0; r < panel_rows; ++r)
             for (int block = 0; block < 2; ++block) {
                 std::int8_t bytes[block_columns];
                 const float* x = rows + static_cast<std::size_t>(r) * stride + block * block_columns;
-                store_as(unit + 64 * vectors + 32 * block + 2 * r, quantise_channels(x, block_columns, bytes));
+                store_as(unit + scale_at(r, block), quantise_channels(x, block_columns, bytes));
                 for (int c = 0; c < block_columns; ++c)
                     unit[64 * (8 * block + c / 4) + 4 * r + c % 4] = static_cast<std::byte>(bytes[c]);
             }
     }
 };
 
-// weight = (nibble - 8) * scale. A unit is 8 vectors of [16 rows][4 bytes], then [2 blocks][16 rows] scales; in vector v of a
-// block byte b of a row holds columns 8v + b (low nibble) and 8v + 4 + b (high nibble).
-struct Q4 {
+// value = nibble - 8. In vector v of a block byte b of a row holds columns 8v + b (low nibble) and 8v + 4 + b (high nibble).
+struct Q4 : Blocks<Q4> {
     static constexpr Format format = Format::q4;
     static constexpr int vectors = 8;
     static int value(const std::byte* unit, int row, int column) {
         const int byte = std::to_integer<int>(unit[64 * (column / 8) + 4 * row + column % 4]);
         return (column % 8 < 4 ? byte & 15 : byte >> 4) - 8;
-    }
-    static float scale(const std::byte* unit, int row, int block) {
-        return from_fp16(load_as<std::uint16_t>(unit + 64 * vectors + 32 * block + 2 * row));
-    }
-    static float decode(const std::byte* unit, int row, int column) {
-        return static_cast<float>(value(unit, row, column)) * scale(unit, row, column / block_columns);
     }
     static void encode(const float* rows, std::size_t stride, std::byte* unit) {
         std::memset(unit, 0, 64 * vectors);
@@ -2510,7 +2430,7 @@ struct Q4 {
                 for (int c = 0; c < block_columns; ++c)
                     if ((x[c] < 0 ? -x[c] : x[c]) > (extreme < 0 ? -extreme : extreme)) extreme = x[c];
                 const float scale = extreme / -8, inverse = scale > smallest_scale || scale < -smallest_scale ? 1 / scale : 0;
-                store_as(unit + 64 * vectors + 32 * block + 2 * r, to_fp16(extreme == 0 ? 0.0f : scale));
+                store_as(unit + scale_at(r, block), to_fp16(extreme == 0 ? 0.0f : scale));
                 for (int c = 0; c < block_columns; ++c) {
                     const float value = x[c] * inverse + 8.5f;
                     const int nibble = value >= 0 && value < 16 ? static_cast<int>(value) : value >= 16 ? 15 : 0;  // NaN: 0
@@ -2539,7 +2459,6 @@ void encode_panel(Format format, const float* rows, int columns, std::byte* pane
     });
 }
 
-// W[row, column] of a matrix.
 float decode_weight(const Matrix& matrix, int row, int column) {
     const int per_unit = unit_columns(matrix.format);
     const std::byte* unit =
@@ -2547,7 +2466,6 @@ float decode_weight(const Matrix& matrix, int row, int column) {
     return with_format(matrix.format, [&](auto f) { return f.decode(unit, row % panel_rows, column % per_unit); });
 }
 
-// W[row, :], all units.
 void decode_row(const Matrix& matrix, int row, float* out) {
     with_format(matrix.format, [&](auto f) {
         const std::byte* unit = matrix.panel(row / panel_rows);
@@ -2570,9 +2488,8 @@ int block_dot(const Matrix& matrix, int row, int column, const std::int8_t* byte
     return matrix.format == Format::q8 ? multiply(Q8{}) : multiply(Q4{});
 }
 
-// Activations that meet q8 or q4 weights: groups of 32 signed bytes with one float scale, x ≈ byte * scale. The largest
-// magnitude is found in the integer order of the bits, where NaN is above infinity: a group that holds either gets the scale
-// NaN.
+// Activations that meet q8 or q4 weights: groups of 32 signed bytes with one float scale, x ≈ byte * scale. The largest magnitude
+// is found in the integer order of the bits, where NaN is above infinity: a group that holds either gets the scale NaN.
 float quantise_group(const float* x, std::int8_t* bytes) {
     std::uint32_t largest = 0;
     for (int i = 0; i < block_columns; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
@@ -2588,13 +2505,14 @@ float quantise_group(const float* x, std::int8_t* bytes) {
     return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }
 
-void round_trip_channels(Format format, float* to, const float* from, int n) {
-    std::int8_t bytes[block_columns];
-    const float scale = from_fp16(quantise_channels(from, n, bytes));
-    for (int i = 0; i < n; ++i)
-        to[i] = format == Format::q8     ? static_cast<float>(bytes[i]) * scale
-                : format == Format::bf16 ? round_to_bf16(from[i])
-                                         : from[i];
+void round_trip(Format format, float* to, const float* from, int n) {
+    for (int i = 0; i < n; ++i) to[i] = format == Format::bf16 ? round_to_bf16(from[i]) : from[i];
+    for (int first = 0; format == Format::q8 && first < n; first += block_columns) {
+        std::int8_t bytes[block_columns];
+        const int count = std::min(block_columns, n - first);
+        const float scale = from_fp16(quantise_channels(from + first, count, bytes));
+        for (int i = 0; i < count; ++i) to[first + i] = static_cast<float>(bytes[i]) * scale;
+    }
 }
 
 }  // namespace detail
@@ -4064,8 +3982,7 @@ const Kernels& choose_kernels(const std::string& wanted) {
 // A team runs one function on every thread; threads meet at barriers. With OpenMP the team is a parallel region, so that a host
 // that uses OpenMP itself keeps one pool of threads; without, and for ranks, the threads are ours.
 
-namespace llama3 {
-namespace detail {
+namespace llama3::detail {
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -4144,9 +4061,7 @@ public:
         epoch_.fetch_add(1);
         epoch_.notify_all();
         f(0, threads_);
-        for (std::uint32_t left = working_.load(std::memory_order_acquire); left != 0;
-             left = working_.load(std::memory_order_acquire))
-            wait_for_change(working_, left);
+        while (const std::uint32_t left = working_.load(std::memory_order_acquire)) wait_for_change(working_, left);
     }
 
 private:
@@ -4197,8 +4112,7 @@ using Team = ThreadTeam;
 
 #endif
 
-}  // namespace detail
-}  // namespace llama3
+}  // namespace llama3::detail
 
 // ═══ §12  The CPU back end ═════════════════════════════════════════════════════════════════════════════════════════════════════
 //
@@ -4678,12 +4592,8 @@ std::shared_ptr<Device> cpu() { return std::make_shared<detail::CpuDevice>(); }
 // of attention_out and down are summed, twice per layer, and when somebody asks for logits. A rank's columns are whole segments,
 // so that its sum is a sub-tree of the one rank's, and join_ranks() the rest of the tree: the bits stay.
 //
-// Per token and layer a rank sends 2 (4 D + 4) bytes to each other one (D in whole 64s), the 4 being its wish to stop; per token
-// rank 0 gets 4 V/R bytes from each, or 8 where the best candidate decides, 8 (k + 1) where the best k do. Between processes two
-// short commands go before these.
-//
-// Three ways to run: LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in
-// a LeadBackend that tells the others what to do, and those are in follow().
+// LocalRanks drives ranks that are threads of this process. Between processes (MPI) rank 0 has the sessions, in a LeadBackend
+// that tells the others what to do, and those are in follow().
 
 namespace llama3 {
 namespace detail {
@@ -4728,10 +4638,9 @@ Share share_of(const Config& config, const Weights& weights, int rank, int ranks
         std::string possible;
         for (int r = 1; r <= config.n_heads; ++r)
             if (detail::can_share(config, weights, r)) possible += (possible.empty() ? "" : ", ") + std::to_string(r);
-        detail::fail(Code::argument, "Options::ranks",
-                     detail::to_text("they cannot share ", config.n_heads, " query and ", config.n_kv_heads,
-                                     " key/value heads of ", config.head_dim),
-                     std::to_string(ranks), possible, "Use one of these");
+        const std::string what = detail::to_text("they cannot share ", config.n_heads, " query and ", config.n_kv_heads,
+                                                 " key/value heads of ", config.head_dim);
+        detail::fail(Code::argument, "Options::ranks", what, ranks, possible, "Use one of these");
     }
     Share share{config, weights, rank, ranks};
     if (ranks == 1) return share;
@@ -4859,7 +4768,7 @@ public:
         }
         if (!(meeting & 1)) wait_for_change(g.meeting, meeting);
         if (g.meeting.load() >> 1 == meeting >> 1)
-            fail(Code::device, "rank " + std::to_string(rank_), "another rank gave up", "its failure", "an answer",
+            fail(Code::device, to_text("rank ", rank_), "another rank gave up", "its failure", "an answer",
                  "See the error of that rank");
     }
     void abort() noexcept override {
@@ -4887,10 +4796,10 @@ class LocalRanks final : public Backend {
 public:
     LocalRanks(Device& device, const Model& model, const Options& options)
         : vocabulary_(static_cast<std::size_t>(model.config().vocab_size)), communicators_(ranks_in_process(options.ranks)),
-          backends_(communicators_.size()), batches_(communicators_.size()), team_(options.ranks) {
+          backends_(communicators_.size()), team_(options.ranks) {
         if (team_.threads() != options.ranks)
-            fail(Code::memory, "Options::ranks", "the system has no more threads", std::to_string(team_.threads()),
-                 std::to_string(options.ranks), "Use fewer ranks");
+            fail(Code::memory, "Options::ranks", "the system has no more threads", team_.threads(), options.ranks,
+                 "Use fewer ranks");
         on_all([&](std::size_t rank) {
             Options own = options;
             own.communicator = communicators_[rank];
@@ -4911,8 +4820,7 @@ public:
         logits_.resize(static_cast<std::size_t>(wanted) * vocabulary_);
         bool done = true;  // by all or by none
         on_all([&](std::size_t rank) {
-            std::vector<Row>& rows = batches_[rank];
-            rows.assign(batch.rows.begin(), batch.rows.end());
+            std::vector<Row> rows(batch.rows.begin(), batch.rows.end());
             for (Row& row : rows) row.cache = static_cast<Cache*>(row.cache)->parts[rank].get();
             const bool own = backends_[rank]->step({rows}, rank == 0 ? cancel : nullptr);
             if (rank == 0) done = own;
@@ -4953,7 +4861,6 @@ private:
     std::size_t vocabulary_;
     std::vector<std::shared_ptr<InProcess>> communicators_;
     std::vector<std::unique_ptr<Backend>> backends_;
-    std::vector<std::vector<Row>> batches_;
     std::vector<float> logits_;
     std::atomic_flag failed_;
     std::exception_ptr failure_;
@@ -4969,10 +4876,10 @@ std::unique_ptr<Backend> open_in_process(Device& device, const Model& model, con
 
 // What rank 0 tells the others; `count` rows follow a step. Back ends and caches are known by where they are on rank 0.
 struct Command {
-    enum class Kind : std::uint32_t { compare, open, make_cache, forget, step, gather } kind;
-    Format kv;
-    std::int32_t context, chunk, index, count;  // count: of rows, or of candidates (0: all logits)
-    std::uint64_t backend, cache;
+    enum class Kind : std::uint32_t { compare, open, make_cache, forget, step, gather } kind{};
+    Format kv{};
+    std::int32_t context = 0, chunk = 0, index = 0, count = 0;  // count: of rows, or of candidates (0: all logits)
+    std::uint64_t backend = 0, cache = 0;
 };
 struct CommandRow {
     std::int32_t token, position;
@@ -4982,7 +4889,7 @@ std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr
 
 void check_in_step(const Communicator& communicator) {
     if (communicator.lost_step)
-        fail(Code::device, "rank " + std::to_string(communicator.rank()), "the ranks have lost step", "an earlier failure", "none",
+        fail(Code::device, to_text("rank ", communicator.rank()), "the ranks have lost step", "an earlier failure", "none",
              "Let all ranks end: Communicator::abort()");
 }
 
@@ -5031,24 +4938,21 @@ public:
     LeadBackend(Device& device, const Model& model, const Options& options)
         : communicator_(options.communicator), vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
         if (communicator_->rank() != 0)
-            fail(Code::argument, "Session", "this process is not the one that leads",
-                 "rank " + std::to_string(communicator_->rank()), "rank 0", "Call follow() here");
+            fail(Code::argument, "Session", "this process is not the one that leads", to_text("rank ", communicator_->rank()),
+                 "rank 0", "Call follow() here");
         std::string others;
-        together(about(Command::Kind::compare), {}, [&] { others = ranks_that_differ(*communicator_, model); });
+        together({.kind = Kind::compare}, {}, [&] { others = ranks_that_differ(*communicator_, model); });
         if (!others.empty())
             fail(Code::format, "model", "not all ranks have the same model and version",
                  "a difference between rank 0 and rank " + others, "the same file everywhere", "Copy the file to all machines");
-        Command command = about(Command::Kind::open);
-        command.kv = options.kv, command.context = options.context, command.chunk = options.chunk;
-        together(command, {}, [&] { backend_ = device.open(model, options); });
+        together({.kind = Kind::open, .kv = options.kv, .context = options.context, .chunk = options.chunk}, {},
+                 [&] { backend_ = device.open(model, options); });
     }
-    ~LeadBackend() override { forget(*communicator_, about(Command::Kind::forget)); }
+    ~LeadBackend() override { forget(*communicator_, {.kind = Kind::forget, .backend = name_of(this)}); }
 
     std::unique_ptr<KVCache> make_cache() override {
         auto cache = std::make_unique<Cache>(communicator_);
-        Command command = about(Command::Kind::make_cache);
-        command.cache = name_of(cache.get());
-        together(command, {}, [&] { cache->local = backend_->make_cache(); });
+        together({.kind = Kind::make_cache, .cache = name_of(cache.get())}, {}, [&] { cache->local = backend_->make_cache(); });
         return cache;
     }
     int max_rows() const override { return backend_->max_rows(); }
@@ -5061,13 +4965,13 @@ public:
         }
         row_ = -1;
         bool done = false;
-        together(about(Command::Kind::step, 0, batch.size()), told, [&] { done = backend_->step({rows}, cancel); });
+        together({.kind = Kind::step, .count = batch.size()}, told, [&] { done = backend_->step({rows}, cancel); });
         return done;
     }
     std::span<const float> logits(int i) const override {
         if (row_ == i) return whole_;
         whole_.resize(vocabulary_);
-        together(about(Command::Kind::gather, i), {}, [&] { communicator_->gather(backend_->logits(i), whole_); });
+        together({.kind = Kind::gather, .index = i}, {}, [&] { communicator_->gather(backend_->logits(i), whole_); });
         row_ = i;
         return whole_;
     }
@@ -5083,20 +4987,18 @@ public:
     std::string describe() const override { return communicator_->describe() + ", rank 0: " + backend_->describe(); }
 
 private:
+    using Kind = Command::Kind;
     struct Cache final : KVCache {
         std::shared_ptr<Communicator> communicator;
         std::unique_ptr<KVCache> local;
         explicit Cache(std::shared_ptr<Communicator> c) : communicator(std::move(c)) {}
-        ~Cache() override {
-            Command command{};
-            command.kind = Command::Kind::forget, command.cache = name_of(this);
-            forget(*communicator, command);
-        }
+        ~Cache() override { forget(*communicator, {.kind = Kind::forget, .cache = name_of(this)}); }
         int capacity() const override { return local->capacity(); }
     };
     // Tells the others and does the same here. What fails here has perhaps not failed there: nobody knows what to wait for then.
     template <class F>
-    void together(const Command& command, std::span<const CommandRow> rows, const F& f) const {
+    void together(Command command, std::span<const CommandRow> rows, const F& f) const {
+        command.backend = name_of(this);
         try {
             tell(*communicator_, command, rows);
             f();
@@ -5117,7 +5019,7 @@ private:
         const std::size_t count = static_cast<std::size_t>(n);
         std::vector<float> gathered(2 * count * static_cast<std::size_t>(communicator_->ranks())), probabilities;
         const std::vector<float> own = best_candidates(backend_->logits(i), 0, n);
-        together(about(Command::Kind::gather, i, n), {}, [&] { communicator_->gather(own, gathered); });
+        together({.kind = Kind::gather, .index = i, .count = n}, {}, [&] { communicator_->gather(own, gathered); });
         row_ = -1;
         whole_.assign(vocabulary_, std::numeric_limits<float>::quiet_NaN());
         for (std::size_t at = 0; at < gathered.size(); at += 2)
@@ -5132,11 +5034,6 @@ private:
         for (std::size_t last = count - 1; last < probabilities.size(); last += count)
             if (probabilities[last] >= border) return false;
         return true;
-    }
-    Command about(Command::Kind kind, int index = 0, int count = 0) const {
-        Command command{};
-        command.kind = kind, command.index = index, command.count = count, command.backend = name_of(this);
-        return command;
     }
 
     std::shared_ptr<Communicator> communicator_;
@@ -5176,7 +5073,7 @@ void follow(const Model& model, const Options& options) {
             if (message.size() >= sizeof command) std::memcpy(&command, message.data(), sizeof command);
             const std::size_t n_rows = command.kind == Kind::step ? static_cast<std::size_t>(command.count) : 0;
             if (message.size() != sizeof command + n_rows * sizeof(detail::CommandRow))
-                detail::fail(Code::device, "follow", "rank 0 said something else", std::to_string(message.size()) + " bytes",
+                detail::fail(Code::device, "follow", "rank 0 said something else", detail::to_text(message.size(), " bytes"),
                              "a command", "Run the same version of the program on all ranks");
             const auto backend = [&]() -> Backend& { return *backends.at(command.backend); };
             switch (command.kind) {
@@ -5200,7 +5097,8 @@ void follow(const Model& model, const Options& options) {
                     if (command.count == 0) communicator.gather(logits, {});
                     else communicator.gather(detail::best_candidates(logits, first_logit, command.count), {});
             }
-        }    } catch (...) {
+        }
+    } catch (...) {
         communicator.lost_step = true;
         throw;
     }
@@ -5252,58 +5150,49 @@ public:
         std::vector<const float*> parts(ranks);
         for (std::size_t first = 0; first < values.size(); first += most) {
             const std::size_t n = std::min(most, values.size() - first);
+            const int count = static_cast<int>(n);
             if (gathered_.size() < n * ranks) gathered_.resize(n * ranks);
-            MPI_Request request = begin();
-            check(MPI_Iallgather(values.data() + first, static_cast<int>(n), MPI_FLOAT, gathered_.data(), static_cast<int>(n),
-                                 MPI_FLOAT, world_, &request),
-                  "MPI_Iallgather");
-            finish(request, "a sum");
+            run("MPI_Iallgather", "a sum", [&](MPI_Request* request) {
+                return MPI_Iallgather(&values[first], count, MPI_FLOAT, gathered_.data(), count, MPI_FLOAT, world_, request);
+            });
             for (std::size_t r = 0; r < ranks; ++r) parts[r] = gathered_.data() + r * n;
             join_ranks(values.data() + first, parts, n);
         }
     }
     void gather(std::span<const float> part, std::span<float> whole) override {
-        MPI_Request request = begin();
+        const char* what = "a gather";
         if (rank_ != 0) {
-            check(MPI_Isend(part.data(), static_cast<int>(part.size()), MPI_FLOAT, 0, 0, world_, &request), "MPI_Isend");
-            finish(request, "a gather");
+            run("MPI_Isend", what, [&](MPI_Request* request) {
+                return MPI_Isend(part.data(), static_cast<int>(part.size()), MPI_FLOAT, 0, 0, world_, request);
+            });
             return;
         }
         auto to = std::copy(part.begin(), part.end(), whole.begin());
-        for (int r = 1; r < ranks_; ++r) {
-            int count = 0;
-            check(MPI_Irecv(std::to_address(to), static_cast<int>(whole.end() - to), MPI_FLOAT, r, 0, world_, &request),
-                  "MPI_Irecv");
-            const MPI_Status status = finish(request, "a gather");
+        for (int r = 1, count = 0; r < ranks_; ++r, to += count) {
+            const MPI_Status status = run("MPI_Irecv", what, [&](MPI_Request* request) {
+                return MPI_Irecv(std::to_address(to), static_cast<int>(whole.end() - to), MPI_FLOAT, r, 0, world_, request);
+            });
             MPI_Get_count(&status, MPI_FLOAT, &count);
-            to += count;
         }
     }
     void broadcast(std::vector<std::byte>& message) override {
         std::uint64_t bytes = message.size();
-        MPI_Request request = begin();
-        check(MPI_Ibcast(&bytes, 1, MPI_UINT64_T, 0, world_, &request), "MPI_Ibcast");
-        finish(request, rank_ == 0 ? "a command" : nullptr);
+        run("MPI_Ibcast", rank_ == 0 ? "a command" : nullptr,
+            [&](MPI_Request* request) { return MPI_Ibcast(&bytes, 1, MPI_UINT64_T, 0, world_, request); });
         message.resize(static_cast<std::size_t>(bytes));
         if (bytes == 0) return;
-        check(MPI_Ibcast(message.data(), static_cast<int>(bytes), MPI_BYTE, 0, world_, &request), "MPI_Ibcast");
-        finish(request, "a command");
+        run("MPI_Ibcast", "a command", [&](MPI_Request* request) {
+            return MPI_Ibcast(message.data(), static_cast<int>(bytes), MPI_BYTE, 0, world_, request);
+        });
     }
     void barrier() override {
-        MPI_Request request = begin();
-        check(MPI_Ibarrier(world_, &request), "MPI_Ibarrier");
-        finish(request, "a barrier");
+        run("MPI_Ibarrier", "a barrier", [&](MPI_Request* request) { return MPI_Ibarrier(world_, request); });
     }
     void abort() noexcept override {
         MPI_Abort(MPI_COMM_WORLD, 1);  // MPICH would write to each rank of another communicator, and wait for one that is stopped
     }
 
 private:
-    // After a failure nothing is begun any more: what was on its way may still want memory that is gone.
-    MPI_Request begin() const {
-        check_in_step(*this);
-        return MPI_REQUEST_NULL;
-    }
     void check(int status, const char* call) {
         if (status == MPI_SUCCESS) return;
         char text[MPI_MAX_ERROR_STRING];
@@ -5313,10 +5202,15 @@ private:
         fail(Code::device, to_text("rank ", rank_, ", ", call), "MPI failed",
              std::string(text, static_cast<std::size_t>(length)), "success", "See what happened to the other ranks");
     }
-    // Waits: for an answer as long as is allowed, for the next command (what: nullptr) as long as it takes, but then asleep.
-    MPI_Status finish(MPI_Request& request, const char* what) {
-        const auto began = std::chrono::steady_clock::now();
+    // Starts a call and waits: for an answer as long as is allowed, for the next command (what: nullptr) as long as it takes, but
+    // then asleep. After a failure nothing is started any more: what was on its way may still want memory that is gone.
+    template <class F>
+    MPI_Status run(const char* call, const char* what, const F& start) {
+        check_in_step(*this);
+        MPI_Request request = MPI_REQUEST_NULL;
         MPI_Status status;
+        check(start(&request), call);
+        const auto began = std::chrono::steady_clock::now();
         for (int tries = 0, done = 0;; ++tries) {
             check(MPI_Test(&request, &done, &status), "MPI_Test");
             if (done) return status;
@@ -5377,8 +5271,6 @@ struct Model::Impl {
 namespace detail {
 
 static_assert(std::endian::native == std::endian::little, "llama3.hpp reads its files in place, and they are little-endian.");
-
-using Bytes = std::span<const std::byte>;
 
 // BLAKE2b (Aumasson et al., 2013; RFC 7693) with a digest of 8 bytes and no key, as a little-endian number.
 std::uint64_t blake2b(Bytes data) {
@@ -5682,8 +5574,7 @@ std::string read_name(const Check& check, const std::byte* entry, std::size_t i)
 }
 
 // The tensors, each compared with the one that must stand there. `end`: of the last section; `size`: of the file.
-std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config& config, std::uint64_t end,
-                                   std::uint64_t size) {
+std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config& config, std::uint64_t end, std::uint64_t size) {
     const std::uint64_t stated = table.size() < 8 ? 0 : load_as<std::uint32_t>(table.data());
     check.equal("the tensor table", "has a wrong size", std::uint64_t{table.size()}, 8 + entry_bytes * stated);
     const std::size_t count = (table.size() - 8) / entry_bytes;
@@ -5746,10 +5637,11 @@ Weights bind_weights(const std::byte* image, const Config& config, const std::ve
 }
 
 // Reads the header, the configuration, the tensor table and the tokenizer, and touches nothing else.
-std::shared_ptr<Model::Impl> open_model(const std::string& name, Bytes image, std::shared_ptr<const void> owner) {
+std::shared_ptr<Model::Impl> open_model(const std::string& name, Image file) {
     const Check check{name};
     auto model = std::make_shared<Model::Impl>();
-    model->name = name, model->image = image, model->owner = std::move(owner);
+    model->name = name, model->image = file.bytes, model->owner = std::move(file.owner);
+    const Bytes image = model->image;
     const std::uint64_t size = read_header(check, image, model->sections);
     const auto& [config, tokenizer, table, provenance] = model->sections;
     check.sum("the configuration", section_of(image, config), config.checksum);
@@ -5789,15 +5681,12 @@ Vocabulary synthetic_vocabulary(int vocab_size) {
         if (i > 0) ++next[i - 1];
         else next += 'a';
     }
-    std::string_view names =
-        "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id step_id "
-        "start_header_id end_header_id eom_id eot_id python_tag image ";
-    for (std::size_t i = 0; ranks + static_cast<int>(i) < vocab_size; ++i) {
-        const std::size_t length = names.find(' ');
-        const std::string name(names.empty() ? to_text("reserved_special_token_", i - 10)
-                                             : std::string(names.substr(0, length)));
-        names.remove_prefix(std::min(names.size(), length + 1));
-        v.specials.emplace_back(ranks + static_cast<int>(i), to_text("<|", name, "|>"));
+    constexpr const char* names[] = {"begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                                     "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
+                                     "python_tag", "image"};
+    for (int i = 0; ranks + i < vocab_size; ++i) {
+        const std::string name = i < 12 ? names[i] : to_text("reserved_special_token_", i - 10);
+        v.specials.emplace_back(ranks + i, to_text("<|", name, "|>"));
     }
     return v;
 }
@@ -5843,8 +5732,6 @@ std::string write_table(const std::vector<TensorInfo>& tensors) {
     return section;
 }
 
-// A whole file in memory, allocated once. `fill` writes the bytes of a tensor in place; they are zeros before.
-using FillTensor = std::function<void(const TensorInfo& tensor, std::byte* bytes)>;
 std::vector<TensorInfo> tensors_of_type(const Config& config, Format format) {
     std::vector<TensorInfo> tensors = required_tensors(config);
     for (TensorInfo& t : tensors) {
@@ -5854,8 +5741,10 @@ std::vector<TensorInfo> tensors_of_type(const Config& config, Format format) {
     return tensors;
 }
 
+// A whole file in memory, allocated once. fill(tensor, bytes) writes the bytes of a tensor in place; they are zeros before.
+template <class F>
 AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Format format, const std::string& provenance,
-                          bool checksums, const FillTensor& fill) {
+                          bool checksums, const F& fill) {
     const Check check{"configuration", choose_another, Code::argument};
     check_config(check, config);
     std::vector<TensorInfo> tensors = tensors_of_type(config, format);
@@ -5863,9 +5752,7 @@ AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Fo
     std::uint64_t offsets[4], end = header_bytes;
     for (std::size_t i = 0; i < 4; ++i) offsets[i] = align(end, 8), end = offsets[i] + parts[i].size();
     end = align(end, 4096);
-    for (TensorInfo& t : tensors) {
-        t.offset = align(end, 64), t.bytes = tensor_bytes(t), end = t.offset + t.bytes;
-    }
+    for (TensorInfo& t : tensors) t.offset = align(end, 64), t.bytes = tensor_bytes(t), end = t.offset + t.bytes;
     check.range<std::uint64_t>("the size of the model", end, 0, std::numeric_limits<std::size_t>::max());
 
     AlignedBuffer image(static_cast<std::size_t>(end), true);
@@ -5886,15 +5773,15 @@ AlignedBuffer write_model(const Config& config, const Vocabulary& vocabulary, Fo
 }
 
 // Encodes a tensor from rows of floats: fill_row(name, row, values [columns]).
-using FillRow = std::function<void(const std::string& name, int row, std::span<float> values)>;
-void encode_tensor(const TensorInfo& t, std::byte* bytes, const FillRow& fill_row) {
+template <class F>
+void encode_tensor(const TensorInfo& t, std::byte* bytes, const F& fill_row) {
     const auto columns = static_cast<std::size_t>(t.columns);
-    if (t.dimensions == 1) return fill_row(t.name, 0, {reinterpret_cast<float*>(bytes), columns});
+    if (t.dimensions == 1) return fill_row(t.name, 0, std::span(reinterpret_cast<float*>(bytes), columns));
     const auto padded = static_cast<std::size_t>(round_up(t.columns, unit_columns(t.format)));
     for (int row = 0; row < t.rows; row += panel_rows, bytes += panel_bytes(t)) {
         std::vector<float> rows(panel_rows * padded);
         for (int r = 0; r < panel_rows && row + r < t.rows; ++r)
-            fill_row(t.name, row + r, {rows.data() + static_cast<std::size_t>(r) * padded, columns});
+            fill_row(t.name, row + r, std::span(rows).subspan(static_cast<std::size_t>(r) * padded, columns));
         encode_panel(t.format, rows.data(), static_cast<int>(padded), bytes);
     }
 }
@@ -5926,7 +5813,7 @@ void random_panels(const TensorInfo& t, std::byte* bytes, std::uint64_t& state) 
 AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool checksums) {
     const FloatEnvironment environment;
     if (unit_columns(format) == 0)
-        fail(Code::argument, "Model::synthetic", "the format is unknown", std::to_string(static_cast<std::uint32_t>(format)),
+        fail(Code::argument, "Model::synthetic", "the format is unknown", static_cast<std::uint32_t>(format),
              "f32, bf16, q8 or q4", "Choose one of these");
     const Check check{"synthetic model", choose_another, Code::argument};
     check.range("the vocabulary", c.vocab_size, 266, 1 << 24);  // 256 bytes and the special tokens up to <|eot_id|>
@@ -5955,24 +5842,19 @@ AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool 
 // ── Model ──
 
 Model Model::load(const std::string& path, Loading loading) {
-    if (loading == Loading::map) {
-        const auto mapping = std::make_shared<const detail::FileMapping>(path);
-        return Model(detail::open_model(path, mapping->bytes(), mapping));
-    }
-    const auto memory = std::make_shared<const detail::AlignedBuffer>(detail::read_file(path));
-    return Model(detail::open_model(path, {memory->data(), memory->size()}, memory));
+    return Model(detail::open_model(path, loading == Loading::map ? detail::map_file(path) : detail::read_file(path)));
 }
 
 Model Model::from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner) {
     const detail::Check check{"model in memory", "Copy it into memory from std::aligned_alloc or the like", Code::argument};
     const auto past = reinterpret_cast<std::uintptr_t>(image.data()) % 64;
     if (past != 0) check.bad("the image is not aligned", detail::to_text(past, " bytes past"), "a multiple of 64");
-    return Model(detail::open_model("model in memory", image, std::move(owner)));
+    return Model(detail::open_model("model in memory", {image, std::move(owner)}));
 }
 
 Model Model::synthetic(const Config& config, Format format, std::uint64_t seed) {
-    const auto memory = std::make_shared<const detail::AlignedBuffer>(detail::synthetic_image(config, format, seed, false));
-    const auto impl = detail::open_model("synthetic model", {memory->data(), memory->size()}, memory);
+    const detail::Image image = detail::in_memory(detail::synthetic_image(config, format, seed, false));
+    const auto impl = detail::open_model("synthetic model", image);
     impl->synthetic = true;
     return Model(impl);
 }
@@ -6052,8 +5934,7 @@ MemoryPlan plan_memory(const Config& config, Format format, const Options& optio
 // All that depends on the operating system or on the processor's name: files, memory, floating-point modes, what the machine
 // has; and the one table that nobody wants to read. A new system changes this section, a new processor CpuFeatures and §10.
 
-namespace llama3 {
-namespace detail {
+namespace llama3::detail {
 
 // ── Files and memory ──
 
@@ -6071,15 +5952,11 @@ std::string system_error() {
     fail(Code::file, path, what, found, "a readable file", to_do);
 }
 
-[[noreturn]] void fail_memory(std::size_t bytes) {
-    fail(Code::memory, "memory", "the system has not enough", "less", std::to_string(bytes) + " bytes",
-         "Choose a smaller context or cache format, or a smaller model");
-}
 
 // Large buffers are pages of their own: zero, and backed by memory only once they are touched.
 constexpr std::size_t large_buffer = std::size_t{1} << 20;
 
-AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : size_(bytes) {
+AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) {
     if (bytes == 0) return;
     void* memory = nullptr;
     if (bytes < large_buffer) {
@@ -6096,16 +5973,18 @@ AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) : s
 #endif
 #endif
     }
-    if (!memory) fail_memory(bytes);
-    data_ = static_cast<std::byte*>(memory);
+    if (!memory)
+        fail(Code::memory, "memory", "the system has not enough", "less", to_text(bytes, " bytes"),
+             "Choose a smaller context or cache format, or a smaller model");
+    data_ = {static_cast<std::byte*>(memory), Free{bytes}};
 }
 
-AlignedBuffer::~AlignedBuffer() {
-    if (size_ < large_buffer) ::operator delete (data_, std::align_val_t{64});
+void AlignedBuffer::Free::operator()(std::byte* data) const {
+    if (bytes < large_buffer) ::operator delete (data, std::align_val_t{64});
 #if defined(_WIN32)
-    else VirtualFree(data_, 0, MEM_RELEASE);
+    else VirtualFree(data, 0, MEM_RELEASE);
 #else
-    else munmap(data_, size_);
+    else munmap(data, bytes);
 #endif
 }
 
@@ -6114,11 +5993,15 @@ class File {
     static constexpr const char* read_instead = "Load it with Loading::read instead";
     std::string path_;
     std::uint64_t size_ = 0;
+    struct Handle {
 #if defined(_WIN32)
-    HANDLE handle_;
+        HANDLE value = INVALID_HANDLE_VALUE;
+        ~Handle() { CloseHandle(value); }
 #else
-    int descriptor_;
+        int value = -1;
+        ~Handle() { ::close(value); }
 #endif
+    } handle_;
 
 public:
 #if defined(_WIN32)
@@ -6126,60 +6009,45 @@ public:
         std::wstring wide(path.size(), L'\0');  // UTF-8 has at least as many units as UTF-16
         wide.resize(static_cast<std::size_t>(MultiByteToWideChar(CP_UTF8, 0, path.data(), static_cast<int>(path.size()),
                                                                  wide.data(), static_cast<int>(wide.size()))));
-        handle_ =
+        handle_.value =
             CreateFileW(wide.c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, nullptr);
-        if (handle_ == INVALID_HANDLE_VALUE) fail_file(path, "the file cannot be opened", system_error());
+        if (handle_.value == INVALID_HANDLE_VALUE) fail_file(path, "the file cannot be opened", system_error());
         LARGE_INTEGER size;
-        if (!GetFileSizeEx(handle_, &size)) {
-            const std::string why = system_error();
-            CloseHandle(handle_);
-            fail_file(path, "the file has no size", why);
-        }
+        if (!GetFileSizeEx(handle_.value, &size)) fail_file(path, "the file has no size", system_error());
         size_ = static_cast<std::uint64_t>(size.QuadPart);
     }
-    ~File() { CloseHandle(handle_); }
     const void* map() const {
-        const HANDLE mapping = CreateFileMappingW(handle_, nullptr, PAGE_READONLY, 0, 0, nullptr);
-        const void* view = mapping ? MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0) : nullptr;
-        if (!view) {
-            const std::string why = system_error();
-            if (mapping) CloseHandle(mapping);
-            fail_file(path_, "the file cannot be mapped", why, read_instead);
-        }
-        CloseHandle(mapping);  // the view keeps it alive
+        const Handle mapping{CreateFileMappingW(handle_.value, nullptr, PAGE_READONLY, 0, 0, nullptr)};  // kept alive by the view
+        const void* view = mapping.value ? MapViewOfFile(mapping.value, FILE_MAP_READ, 0, 0, 0) : nullptr;
+        if (!view) fail_file(path_, "the file cannot be mapped", system_error(), read_instead);
         return view;
     }
     static void unmap(const void* data, std::size_t) { UnmapViewOfFile(data); }
     // Reads up to n bytes at the current position; 0 at the end, negative after an error.
     std::int64_t read(std::byte* to, std::size_t n) const {
         DWORD done = 0;
-        return ReadFile(handle_, to, static_cast<DWORD>(std::min<std::size_t>(n, 1u << 30)), &done, nullptr)
+        return ReadFile(handle_.value, to, static_cast<DWORD>(std::min<std::size_t>(n, 1u << 30)), &done, nullptr)
                    ? static_cast<std::int64_t>(done)
                    : -1;
     }
 #else
-    explicit File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        if (descriptor_ < 0) fail_file(path, "the file cannot be opened", system_error());
+    explicit File(const std::string& path) : path_(path), handle_{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)} {
+        if (handle_.value < 0) fail_file(path, "the file cannot be opened", system_error());
         struct stat status;
-        const bool known = fstat(descriptor_, &status) == 0;
-        if (known && S_ISREG(status.st_mode)) {
-            size_ = static_cast<std::uint64_t>(status.st_size);
-            return;
-        }
-        const std::string why = !known ? system_error() : S_ISDIR(status.st_mode) ? "a directory" : "no ordinary file";
-        ::close(descriptor_);
-        fail_file(path, "the file cannot be read", why);
+        if (fstat(handle_.value, &status) != 0) fail_file(path, "the file cannot be read", system_error());
+        if (!S_ISREG(status.st_mode))
+            fail_file(path, "the file cannot be read", S_ISDIR(status.st_mode) ? "a directory" : "no ordinary file");
+        size_ = static_cast<std::uint64_t>(status.st_size);
     }
-    ~File() { ::close(descriptor_); }
     const void* map() const {
-        const void* view = mmap(nullptr, size(), PROT_READ, MAP_SHARED, descriptor_, 0);
+        const void* view = mmap(nullptr, size(), PROT_READ, MAP_SHARED, handle_.value, 0);
         if (view == MAP_FAILED) fail_file(path_, "the file cannot be mapped", system_error(), read_instead);
         return view;
     }
     static void unmap(const void* data, std::size_t size) { munmap(const_cast<void*>(data), size); }
     std::int64_t read(std::byte* to, std::size_t n) const {
         for (;;) {
-            const auto done = ::read(descriptor_, to, std::min<std::size_t>(n, 1u << 30));
+            const auto done = ::read(handle_.value, to, std::min<std::size_t>(n, 1u << 30));
             if (done >= 0 || errno != EINTR) return done;
         }
     }
@@ -6194,29 +6062,31 @@ public:
     }
 };
 
-FileMapping::FileMapping(const std::string& path) {
+Image map_file(const std::string& path) {
     const File file(path);
-    if (file.size() == 0) return;  // systems refuse to map nothing
-    data_ = static_cast<const std::byte*>(file.map());
-    size_ = file.size();
+    const std::size_t size = file.size();
+    if (size == 0) return {};  // systems refuse to map nothing
+    std::shared_ptr<const void> view(file.map(), [size](const void* data) { File::unmap(data, size); });
+    return {{static_cast<const std::byte*>(view.get()), size}, view};
 }
 
-FileMapping::~FileMapping() {
-    if (data_) File::unmap(data_, size_);
+Image in_memory(AlignedBuffer buffer) {
+    const auto owner = std::make_shared<const AlignedBuffer>(std::move(buffer));
+    return {{owner->data(), owner->size()}, owner};
 }
 
-AlignedBuffer read_file(const std::string& path) {
+Image read_file(const std::string& path) {
     const File file(path);
     AlignedBuffer buffer(file.size(), true);
     for (std::size_t done = 0; done < buffer.size();) {
         const std::int64_t n = file.read(buffer.data() + done, buffer.size() - done);
         if (n < 0) fail_file(path, "the file cannot be read", system_error());
         if (n == 0)
-            fail_file(path, "the file became shorter while it was read",
-                      std::to_string(done) + " of " + std::to_string(buffer.size()) + " bytes", "Try again");
+            fail_file(path, "the file became shorter while it was read", to_text(done, " of ", buffer.size(), " bytes"),
+                      "Try again");
         done += static_cast<std::size_t>(n);
     }
-    return buffer;
+    return in_memory(std::move(buffer));
 }
 
 std::string environment(const char* name) {
@@ -6228,14 +6098,13 @@ std::string environment(const char* name) {
 
 CpuFeatures cpu_features() {
     CpuFeatures features;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     std::uint32_t a, b, c, d;
     const auto query = [&](std::uint32_t leaf, std::uint32_t subleaf) { __cpuid_count(leaf, subleaf, a, b, c, d); };
     const auto has = [](std::uint32_t bits, int bit) { return (bits >> bit & 1) != 0; };
     query(0, 0);
-    const std::uint32_t leaves = a;
     features.intel = b == 0x756e6547;  // "Genu"ineIntel
-    if (leaves < 7) return features;
+    if (a < 7) return features;
     query(1, 0);
     if (!has(c, 27)) return features;  // no OSXSAVE: the system saves no wide registers
     const bool avx_fma_f16c = has(c, 28) && has(c, 12) && has(c, 29);
@@ -6284,7 +6153,7 @@ int usable_cpus() {
 
 // MXCSR 0x1f80: round to nearest, keep denormals, trap nothing. FPCR 0: the same.
 FloatEnvironment::FloatEnvironment() noexcept {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     saved_ = _mm_getcsr();
     _mm_setcsr(0x1f80);
 #elif defined(__aarch64__)
@@ -6294,7 +6163,7 @@ FloatEnvironment::FloatEnvironment() noexcept {
 }
 
 FloatEnvironment::~FloatEnvironment() {
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
     _mm_setcsr(static_cast<unsigned>(saved_));
 #elif defined(__aarch64__)
     __asm__ volatile("msr fpcr, %0" : : "r"(saved_));
@@ -6349,8 +6218,7 @@ constexpr auto unicode_runs = [] {
 
 std::span<const std::uint32_t> unicode_classes() { return unicode_runs; }
 
-}  // namespace detail
-}  // namespace llama3
+}  // namespace llama3::detail
 
 #pragma pop_macro("min")
 #pragma pop_macro("max")

@@ -66,14 +66,12 @@ TEST_SUITE("core: platform") {
             std::string content(size, '\0');
             for (std::size_t i = 0; i < size; ++i) content[i] = static_cast<char>(i * 31 >> 3);
             std::ofstream(path, std::ios::binary) << content;
-            const d::FileMapping mapping(path);
-            const d::AlignedBuffer read = d::read_file(path);
-            CHECK(std::string_view(reinterpret_cast<const char*>(mapping.bytes().data()), mapping.bytes().size()) == content);
-            CHECK(std::string_view(reinterpret_cast<const char*>(read.data()), read.size()) == content);
+            for (const d::Image& image : {d::map_file(path), d::read_file(path)})
+                CHECK(std::string_view(reinterpret_cast<const char*>(image.bytes.data()), image.bytes.size()) == content);
         }
         std::remove(path.c_str());
         const auto both = [&](const std::string& file) {
-            const std::string mapped = error_of([&] { d::FileMapping mapping(file); }),
+            const std::string mapped = error_of([&] { d::map_file(file); }),
                               read = error_of([&] { d::read_file(file); });
             CHECK(mapped == read);
             return mapped;
@@ -91,7 +89,7 @@ TEST_SUITE("core: platform") {
         };
         const int before = descriptor();
         for (const char* path : {"/", "/dev/null", "/nowhere", "/proc/self/exe"}) {
-            error_of([&] { d::FileMapping mapping(path); });
+            error_of([&] { d::map_file(path); });
             error_of([&] { d::read_file(path); });
         }
         CHECK(descriptor() == before);
