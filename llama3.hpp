@@ -717,8 +717,6 @@ static_assert(FLT_EVAL_METHOD == 0, "llama3.hpp: floats must be rounded to float
 
 namespace llama3::detail {
 
-
-
 // Text of its parts, numbers among them.
 template <class... Parts>
 std::string to_text(const Parts&... parts) {
@@ -2012,7 +2010,6 @@ Sampler::Sampler(const Sampling& sampling) : sampling_(sampling), state_(samplin
     check("Sampling::repeat_penalty", s.repeat_penalty, s.repeat_penalty > 0, "more than 0");
     check("Sampling::repeat_last", s.repeat_last, s.repeat_last >= 0, "0 or more");
 }
-
 
 int Sampler::sample(std::span<const float> logits, std::span<const int> history) {
     const detail::FloatEnvironment environment;
@@ -3342,16 +3339,16 @@ constexpr bool is_unpacked = false;
 template <class Type>
 constexpr bool is_unpacked<Unpacked<Type>> = true;
 
-// Joins the chains of a panel and the N tokens from `token` on, chains[segment * step + part * N + token], by the tree; stores
-// them, or adds them to what is there.
+// Joins the chains of a panel and N tokens, chains[segment * step + part * N + token], by the tree; stores the `tokens` from
+// `token` on, or adds them to what is there.
 template <int N>
-void join_segments(const Product& product, int panel, int token, F* chains, int step) {
+void join_segments(const Product& product, int panel, int token, int tokens, F* chains, int step) {
     for (int n = product.w.segments; n > 1; n /= 2)
         for (int s = 0; s < n / 2; ++s)
             for (int i = 0; i < parts * N; ++i)
                 chains[s * step + i] = chains[2 * s * step + i] + chains[(2 * s + 1) * step + i];
     float* out = product.out + static_cast<std::size_t>(token) * product.stride + panel * panel_rows;
-    for (int t = 0; t < std::min(N, product.tokens - token); ++t, out += product.stride)
+    for (int t = 0; t < tokens; ++t, out += product.stride)
         for (int h = 0; h < parts; ++h) {
             const F sum = chains[h * N + t];
             store(out + h * lanes, product.add ? load(out + h * lanes) + sum : sum);
@@ -3388,7 +3385,7 @@ void multiply_tile(const Product& product, int panel, int step, int last, int to
         for (int t = 0; t < N; ++t) chains[s][p][h][t] = sums[p][h][t];
     }
     for (int p = 0; p < P && panel + p * step < last; ++p)
-        join_segments<N>(product, panel + p * step, token, chains[0][p][0], P * parts * N);
+        join_segments<N>(product, panel + p * step, token, std::min(N, product.tokens - token), chains[0][p][0], P * parts * N);
 }
 
 // What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
@@ -3396,12 +3393,12 @@ template <class Type>
 using Wide =
     std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
 
-// Many tokens: tile_panels at a time, unpacked once for all tokens; or, as they are, for tokens that stay in the second-level cache.
+// Many tokens: tile_panels at a time, unpacked once for all of them, or as they are for as many as stay in the second-level cache.
 template <class Type>
 void multiply_many(const Product& product) {
     const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns);
-    const int tiles = is_unpacked<Wide<Type>> ? product.tokens : std::max(static_cast<int>((std::size_t{1} << 19) / tile_bytes), 4);
-    const int most = tiles * tile_tokens;
+    const int block = std::max(static_cast<int>((std::size_t{1} << 19) / tile_bytes), 4) * tile_tokens;
+    const int most = is_unpacked<Wide<Type>> ? product.tokens : block;
     for (int first = 0; first < product.tokens; first += most)
         for (int panel = product.first_panel; panel < product.last_panel; panel += tile_panels) {
             if constexpr (is_unpacked<Wide<Type>>) unpack(Wide<Type>{}, product, panel);
@@ -3812,7 +3809,7 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, int to
         LLAMA3_UNROLL
         for (int t = 0; t < tile_tokens; ++t) chains[s][t] = sums[t];
     }
-    join_segments<tile_tokens>(product, panel, token, chains[0], tile_tokens);
+    join_segments<tile_tokens>(product, panel, token, std::min(tile_tokens, product.tokens - token), chains[0], tile_tokens);
 }
 
 void multiply_blocks(const Product& product) {
@@ -3880,7 +3877,7 @@ void multiply_pairs(const Product& product, int panel, int step, int token, int 
     }
     forget_loads();
     for (int p = 0; p < P && panel + p * step < product.last_panel; ++p)
-        join_segments<16>(product, panel + p * step, token, sums[0][p], P * 16);
+        join_segments<16>(product, panel + p * step, token, tokens, sums[0][p], P * 16);
 }
 
 void multiply_bf16(const Product& product) {
