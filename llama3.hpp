@@ -2595,12 +2595,10 @@ struct Kernels {
     int few_tokens;                  // at most in a tile where there are few
     bool own_bf16;                   // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
-    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size, but not 5 or 7:
-    // their code would take longer to compile than they save.
+    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
     int tokens_together(Format format, int tokens) const {
         const int tile = tile_tokens[static_cast<std::size_t>(format)], tiles = (tokens + few_tokens - 1) / few_tokens;
-        const int few = (tokens + tiles - 1) / tiles;
-        return tokens >= 4 * tile ? tile : few > 4 ? few + few % 2 : few;
+        return tokens < 4 * tile ? (tokens + tiles - 1) / tiles : tile;
     }
     // x: [tokens, stride], at most `together` of them; what is missing is zero
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
@@ -3411,9 +3409,8 @@ void multiply_many(const Product& product) {
 // are cut into as many runs as a tile has panels.
 template <class Type, int N>
 void multiply_few(const Product& product, int first, int last, int token) {
-    constexpr int fewer = N > 4 ? N - 2 : N - 1;
     if constexpr (N > 1)
-        if (product.together <= fewer) return multiply_few<Type, fewer>(product, first, last, token);
+        if (product.together < N) return multiply_few<Type, N - 1>(product, first, last, token);
     constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
     const int run = (last - first + streams - 1) / streams;
     for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, token);
