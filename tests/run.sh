@@ -139,7 +139,7 @@ built() { # the targets named, or all
 
 # Fuzzes each target for some seconds, from the committed corpus and what earlier runs found.
 fuzz() {
-    check "build, fuzzing" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -I. -pthread \
+    check "build, fuzzing" clang++ -std=c++20 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DLLAMA3_NO_UNROLL -I. -pthread \
         tests/fuzz/fuzz.cpp -o build/fuzz_planted || return
     check "fuzzing, planted fault" sh -c \
         'build/fuzz_planted -runs=10000000 -artifact_prefix=build/ 2>&1 | grep "AddressSanitizer: heap-buffer-overflow"'
@@ -196,7 +196,7 @@ int n; int main() { std::thread t([] { ++n; }); ++n; t.join(); }'
 }
 sanitized() { # a folder, sanitizers, and meson's choice of tests
     folder=build/$1
-    [ -f "$folder/build.ninja" ] || CXX=clang++ CXXFLAGS=-fno-sanitize-recover=all meson setup "$folder" "-Db_sanitize=$2" -Dtests=enabled \
+    [ -f "$folder/build.ninja" ] || CXX=clang++ CXXFLAGS='-fno-sanitize-recover=all -DLLAMA3_NO_UNROLL' meson setup "$folder" "-Db_sanitize=$2" -Dtests=enabled \
         -Dopenmp=disabled -Dmpi=disabled -Dcuda=disabled -Db_lundef=false -Doptimization=1 || return
     shift 2
     meson test -C "$folder" --timeout-multiplier 5 "$@"

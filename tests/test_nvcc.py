@@ -39,7 +39,8 @@ class Nvcc(unittest.TestCase):
             command = [NVCC, "-std=c++20", "-O3", "-x", "cu", "-c", "kernels.cuh", "-o", os.path.join(folder, "kernels.o"), "-Xptxas", "-v",
                        "--threads", str(min(len(ARCHITECTURES), os.cpu_count() or 1))]
             for a in ARCHITECTURES:
-                command += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
+                ptx = 80 if a in (86, 89) and 80 in ARCHITECTURES else a  # nothing in the file tells these from 80
+                command += ["-gencode", f"arch=compute_{ptx},code=sm_{a}"]
             done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
         cls.status, cls.messages = done.returncode, done.stdout + done.stderr
         cls.kernels = []  # (architecture, name, registers, stack, spilled bytes, static shared bytes)
