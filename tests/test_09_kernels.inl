@@ -162,7 +162,7 @@ TEST_SUITE("core: kernels") {
                 for (const Case& c : {Case{1, {0}}, {3, {0, 1, 2}}, {8, {14}}, {1, {15}}, {4, {16, 17, 18, 19, 20}}, {5, {62, 63, 64, 65, 66}}, {2, {126, 127, 128}}, {4, {510}}, {8, {511}}, {3, {512}},
                                       {1, run}, {4, {run.begin(), run.begin() + 16}}, {2, {5, 70, 300, 511, 512, 529}}, {4, {1049}}, {3, {1000, 1001, 1023, 1024}}, {5, {1040, 1049}}}) {
                     const int last = c.positions.back(), n_rows = static_cast<int>(c.positions.size()), queries = n_rows * c.group;
-                    if (last >= capacity || (head_dim > 128 && queries > 40)) continue;  // the reference takes seconds for these
+                    if (last >= capacity || (head_dim > 128 && queries > 40 && kv != Format::f32)) continue;  // one format of these: the reference takes seconds
                     // What lies behind the last row is not there yet; no row may see what lies behind its own position.
                     for (int p = last + 1; p < std::min(last + 40, capacity); ++p) fill(nullptr, p, p % 2 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN());
                     const std::size_t used = static_cast<std::size_t>(c.group) * width, stride = used + 5;

@@ -165,7 +165,7 @@ class Matrix(Folder):
                     self.same_bits(self.run_good("./program", env={"LLAMA3_ISA": isa}), " ".join(cell) + isa)
 
     def test_2_a_static_and_a_shared_library_with_hidden_symbols(self):
-        flags = ["-std=c++20", "-O1", "-DLLAMA3_BASELINE_ONLY", "-pthread", "-fPIC", "-fvisibility=hidden"]
+        flags = ["-std=c++20", "-O1", "-pthread", "-fPIC", "-fvisibility=hidden"]
         self.implementation(["g++"], *flags, "-include", f"{self.folder}/macros.h")
         self.users(["g++"], *flags)
         self.run_good("ar", "rcs", "libengine.a", "implementation.o", "other.o", "bits.o")
