@@ -2557,6 +2557,7 @@ struct Product {
     bool add;  // out += instead of out =
     int first_panel, last_panel;
     std::byte* room;  // of unpacked_bytes()
+    float* output(int token, int panel) const { return out + static_cast<std::size_t>(token) * stride + panel * panel_rows; }
 };
 
 // Keys and values of one segment of positions, of one layer and key/value head. Keys stand in tiles of 16 positions, so that a lane
@@ -2595,6 +2596,7 @@ struct Kernels {
     int few_tokens;                  // at most in a tile where there are few
     bool own_bf16;                   // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
+    void (*rope)(float* x, const float* turns, int head_dim);  // turns: [2][E/2][2]
     // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
     int tokens_together(Format format, int tokens) const {
         const int tile = tile_tokens[static_cast<std::size_t>(format)], tiles = (tokens + few_tokens - 1) / few_tokens;
@@ -2802,6 +2804,8 @@ LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
 LLAMA3_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 LLAMA3_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+LLAMA3_INLINE F repeat_even(F x) { return _mm512_moveldup_ps(x); }
+LLAMA3_INLINE F repeat_odd(F x) { return _mm512_movehdup_ps(x); }
 LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
@@ -2860,6 +2864,8 @@ LLAMA3_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm256_set1_ps(x); }
 LLAMA3_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 LLAMA3_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+LLAMA3_INLINE F repeat_even(F x) { return _mm256_moveldup_ps(x); }
+LLAMA3_INLINE F repeat_odd(F x) { return _mm256_movehdup_ps(x); }
 LLAMA3_INLINE F where_less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 LLAMA3_INLINE F load_fp16(const std::uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -2944,6 +2950,8 @@ LLAMA3_INLINE F where_less(F a, F b, F yes, F no) {
     return (F)(((I)yes & less) | ((I)no & ~less));
 }
 LLAMA3_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
+LLAMA3_INLINE F repeat_even(F x) { return F{x[0], x[0], x[2], x[2]}; }
+LLAMA3_INLINE F repeat_odd(F x) { return F{x[1], x[1], x[3], x[3]}; }
 LLAMA3_INLINE I load_bits(const std::byte* p) {
     I x;
     std::memcpy(&x, p, 16);
@@ -3086,7 +3094,7 @@ constexpr bool own_bf16 = false;
 // ─── §9b  The kernels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 #ifdef LLAMA3_LIKE  // only products differ
-using LLAMA3_LIKE::attend, LLAMA3_LIKE::join, LLAMA3_LIKE::normalise, LLAMA3_LIKE::swiglu;
+using LLAMA3_LIKE::attend, LLAMA3_LIKE::join, LLAMA3_LIKE::normalise, LLAMA3_LIKE::rope, LLAMA3_LIKE::swiglu;
 #else
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
@@ -3104,6 +3112,16 @@ void normalise(float* out, const float* x, const float* weight, int n, float eps
     const float inverse = 1 / std::sqrt(sum_lanes(sum) / static_cast<float>(n) + eps);
     for (i = 0; i + lanes <= n; i += lanes) store(out + i, load(x + i) * splat(inverse) * load(weight + i));
     for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+// §5, rope; the second half of turns: [E/2][2] has -sin and cos.
+void rope(float* x, const float* turns, int head_dim) {
+    int i = 0;
+    for (; i + lanes <= head_dim; i += lanes) {
+        const F pairs = load(x + i);
+        store(x + i, fma(repeat_even(pairs), load(turns + i), repeat_odd(pairs) * load(turns + head_dim + i)));
+    }
+    if (i < head_dim) detail::rope(x + i, turns + i, head_dim - i);
 }
 
 #endif
@@ -3350,7 +3368,7 @@ void join_segments(const Product& product, int panel, int token, int tokens, F* 
         for (int s = 0; s < n / 2; ++s)
             for (int i = 0; i < parts * N; ++i)
                 chains[s * step + i] = chains[2 * s * step + i] + chains[(2 * s + 1) * step + i];
-    float* out = product.out + static_cast<std::size_t>(token) * product.stride + panel * panel_rows;
+    float* out = product.output(token, panel);
     for (int t = 0; t < tokens; ++t, out += product.stride)
         for (int h = 0; h < parts; ++h) {
             const F sum = chains[h * N + t];
@@ -3370,6 +3388,9 @@ void multiply_tile(const Product& product, int panel, int step, int last, int to
     const std::byte* data[P];
     for (int p = 0; p < P; ++p)
         data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(std::min(panel + p * step, last - 1));
+    for (int p = 0; p < P; ++p)  // arrive while the tile is computed
+        for (int t = 0; t < N; ++t)
+            __builtin_prefetch(product.output(token + t, panel + p * step), 1);
     F chains[max_segments][P][parts][N];
     for (int s = 0; s < w.segments; ++s) {
         F sums[P][parts][N];
@@ -3640,10 +3661,106 @@ void attend_segment(const Attention& a, int segment, float* mix) {
     }
 }
 
+constexpr int most_row_width = 256;  // of a head
+
+// The same for a single row, whose few heads use every key and value once: these go from the cache straight into registers, keys
+// from several places of memory at once (see multiply_few).
+template <Format kv>
+void attend_row(const Attention& a, int segment, float* mix) {
+    constexpr int heads = 4, vectors = lanes == 16 ? 4 : 2, block = 32, most_groups = most_row_width / block_columns;
+    constexpr std::size_t element = kv == Format::f32 ? 4 : kv == Format::bf16 ? 2 : 1, ahead = 1024;  // bytes
+    const CacheView& cache = a.cache;
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim), groups = width / block_columns;
+    const int count = a.seen(0, segment), tiles = (count + 15) / 16, run = (tiles + vectors - 1) / vectors;
+    const auto row = [&](int head) { return a.scratch + head * score_stride; };
+    // `heads` of them from `first` on, where the last is repeated if there are not as many
+    const auto head = [&](int first, int h) { return static_cast<std::size_t>(std::min(first + h, a.n_queries - 1)); };
+    for (int i = 0; i < run * parts; ++i)
+        for (int first = 0; first < a.n_queries; first += heads) {
+            const int tile = i / parts, lane = i % parts * lanes;
+            const float* query[heads];
+            std::size_t at[vectors];
+            F sums[heads][vectors];
+            for (int v = 0; v < vectors; ++v) at[v] = static_cast<std::size_t>(std::min(tile + v * run, tiles - 1));
+            LLAMA3_UNROLL
+            for (int h = 0; h < heads; ++h) {
+                query[h] = a.query + head(first, h) * width;
+                LLAMA3_UNROLL
+                for (int v = 0; v < vectors; ++v) sums[h][v] = splat(0);
+            }
+            for (std::size_t g = 0; g < groups; ++g) {
+                F scales[vectors];
+                for (int v = 0; v < vectors; ++v)
+                    scales[v] = kv == Format::q8 ? load_fp16(cache.key_scales + (at[v] * groups + g) * 16 + lane) : splat(0);
+                for (std::size_t e = g * block_columns; e < (g + 1) * block_columns; ++e) {
+                    F x[vectors];
+                    LLAMA3_UNROLL
+                    for (int v = 0; v < vectors; ++v) {
+                        const std::size_t from = (at[v] * width + e) * 16 + static_cast<std::size_t>(lane);
+                        __builtin_prefetch(cache.keys + from * element + ahead);
+                        x[v] = load_cached<kv>(cache.keys, from, scales[v]);
+                    }
+                    LLAMA3_UNROLL
+                    for (int h = 0; h < heads; ++h) LLAMA3_UNROLL
+                    for (int v = 0; v < vectors; ++v) sums[h][v] = fma(splat(query[h][e]), x[v], sums[h][v]);
+                }
+            }
+            LLAMA3_UNROLL
+            for (int h = 0; h < heads; ++h) LLAMA3_UNROLL
+            for (int v = 0; v < vectors; ++v) store(row(first + h) + (tile + v * run) * 16 + lane, sums[h][v]);
+        }
+    float *const largest = mix + static_cast<std::size_t>(a.n_queries) * width, *const total = largest + a.n_queries;
+    const float scale = 1 / std::sqrt(static_cast<float>(cache.head_dim));
+    for (int h = 0; h < a.n_queries; ++h) largest[h] = scale_scores(row(h), count, scale);
+    for (int h = 0; h < a.n_queries; ++h) total[h] = exponentiate(row(h), count, largest[h]);
+    for (int j = 0; j < count; j += block) {
+        const std::size_t begin = static_cast<std::size_t>(j), end = static_cast<std::size_t>(std::min(j + block, count));
+        float scales[block * most_groups];
+        if constexpr (kv == Format::q8)
+            for (std::size_t i = begin * groups; i < end * groups; i += lanes)
+                store(scales + i - begin * groups, load_fp16(cache.value_scales + i));
+        for (int first = 0; first < a.n_queries; first += heads)
+            for (std::size_t c = 0; c < width; c += vectors * lanes) {
+                F sums[heads][vectors];
+                LLAMA3_UNROLL
+                for (int h = 0; h < heads; ++h) LLAMA3_UNROLL
+                for (int v = 0; v < vectors; ++v)
+                    sums[h][v] = j == 0 ? splat(0) : load(mix + head(first, h) * width + c + v * lanes);
+                const float* const weights = row(first);
+                const std::byte* values = cache.values + (begin * width + c) * element;
+                for (std::size_t p = begin; p < end; ++p, values += width * element) {
+                    F x[vectors];
+                    LLAMA3_UNROLL
+                    for (int v = 0; v < vectors; ++v) {
+                        const std::size_t channel = static_cast<std::size_t>(v * lanes);
+                        if (channel * element % 64 == 0) __builtin_prefetch(values + channel * element + ahead);
+                        float scale = 0;
+                        if constexpr (kv == Format::q8) scale = scales[(p - begin) * groups + (c + channel) / block_columns];
+                        x[v] = load_cached<kv>(values, channel, splat(scale));
+                    }
+                    LLAMA3_UNROLL
+                    for (int h = 0; h < heads; ++h) LLAMA3_UNROLL
+                    for (int v = 0; v < vectors; ++v) {
+                        const F weight = splat(weights[p + static_cast<std::size_t>(h * score_stride)]);
+                        sums[h][v] = fma(weight, x[v], sums[h][v]);
+                    }
+                }
+                for (int h = 0; h < std::min(heads, a.n_queries - first); ++h) LLAMA3_UNROLL
+                for (int v = 0; v < vectors; ++v) store(mix + head(first, h) * width + c + v * lanes, sums[h][v]);
+            }
+    }
+}
+
+template <Format kv>
+void attend_as(const Attention& a, int segment, float* mix) {
+    if (a.n_rows == 1 && a.cache.head_dim % 64 == 0 && a.cache.head_dim <= most_row_width) attend_row<kv>(a, segment, mix);
+    else attend_segment<kv>(a, segment, mix);
+}
+
 void attend(const Attention& a, int segment, float* mix) {
-    if (a.cache.format == Format::f32) attend_segment<Format::f32>(a, segment, mix);
-    else if (a.cache.format == Format::bf16) attend_segment<Format::bf16>(a, segment, mix);
-    else attend_segment<Format::q8>(a, segment, mix);
+    if (a.cache.format == Format::f32) attend_as<Format::f32>(a, segment, mix);
+    else if (a.cache.format == Format::bf16) attend_as<Format::bf16>(a, segment, mix);
+    else attend_as<Format::q8>(a, segment, mix);
 }
 
 // §5, attend_reference: the running softmax over segments.
@@ -3681,6 +3798,7 @@ const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
                          few_tokens,
                          own_bf16,
                          normalise,
+                         rope,
                          pack,
                          multiply,
                          swiglu,
@@ -3913,6 +4031,7 @@ const Kernels kernels = {"amx",
                          avx512::few_tokens,
                          true,
                          normalise,
+                         avx512::rope,
                          pack,
                          multiply,
                          swiglu,
@@ -4228,7 +4347,7 @@ struct CpuBuffers {
     Tensor partial;     // [T + 1, D] this rank's part of a sum over ranks, and a row for the wish to stop; one rank has none
     std::byte* packed;  // activations in the order of a product's tiles
     std::size_t packed_bytes;
-    float* turns;    // [T, E] cos and sin of each row's position
+    float* turns;    // [T, 2, E] cos and sin of each row's position, -sin and cos
     float* scratch;  // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
     std::byte* room;  // [threads, room_bytes] unpacked panels
@@ -4248,7 +4367,7 @@ struct CpuBuffers {
         if (ranks > 1) partial = {arena.take<float>((n + 1) * sums), rows + 1, c.dim, sums};
         packed_bytes = static_cast<std::size_t>(rows + max_tile_tokens) * detail::packed_bytes(Format::f32, widest);
         packed = arena.take<std::byte>(packed_bytes);
-        turns = arena.take<float>(n * static_cast<std::size_t>(c.head_dim));
+        turns = arena.take<float>(2 * n * static_cast<std::size_t>(c.head_dim));
         const int queries = std::max(attention_queries, c.n_heads / c.n_kv_heads);
         scratch_floats = std::max<std::size_t>(max_tile_tokens * x.stride,
                                                attention_floats(queries, c.head_dim) + 2 * mix_floats(queries, c.head_dim));
@@ -4344,7 +4463,9 @@ public:
         const auto [first, last] = share(n_tokens_);
         for (int t = first; t < last; ++t) {
             decode_row(table, batch.rows[static_cast<std::size_t>(t)].token, x.row(t));
-            rope_turns(turns(t), b_.frequencies_, batch.rows[static_cast<std::size_t>(t)].position);
+            float *const turn = turns(t), *const turned = turn + config_.head_dim;
+            rope_turns(turn, b_.frequencies_, batch.rows[static_cast<std::size_t>(t)].position);
+            for (int i = 0; i < config_.head_dim; i += 2) turned[i] = -turn[i + 1], turned[i + 1] = turn[i];
         }
         end(Stage::embed);
     }
@@ -4364,11 +4485,11 @@ public:
             const int t = i / all_heads, head = i % all_heads;
             const Row& row = batch.rows[static_cast<std::size_t>(t)];
             if (head < n_heads) {
-                rope(query.row(t) + head * head_dim, turns(t), head_dim);
+                kernels_.rope(query.row(t) + head * head_dim, turns(t), head_dim);
             } else {
                 float* key = buffers_.key.row(t) + (head - n_heads) * head_dim;
                 const float* value = buffers_.value.row(t) + (head - n_heads) * head_dim;
-                rope(key, turns(t), head_dim);
+                kernels_.rope(key, turns(t), head_dim);
                 static_cast<CpuCache*>(row.cache)->store(layer.index, head - n_heads, row.position, key, value);
             }
         }
@@ -4436,9 +4557,15 @@ public:
             const int end = std::min(panel + block, last);
             multiply_panels(layer.gate, hidden, n_tokens_, panel, end);
             multiply_panels(layer.up, buffers_.up, n_tokens_, panel, end);
-            for (int t = 0; t < n_tokens_; ++t)
-                kernels_.swiglu(hidden.row(t) + panel * panel_rows, buffers_.up.row(t) + panel * panel_rows,
-                                (end - panel) * panel_rows);
+            const int n = (end - panel) * panel_rows;
+            for (int t = 0; t < n_tokens_; ++t) {
+                const int ahead = std::min(t + 4, n_tokens_ - 1);  // other rows are too far away for the processor to foresee
+                for (int i = 0; i < std::min(n, 4 * panel_rows); i += panel_rows) {
+                    __builtin_prefetch(hidden.row(ahead) + panel * panel_rows + i, 1);
+                    __builtin_prefetch(buffers_.up.row(ahead) + panel * panel_rows + i);
+                }
+                kernels_.swiglu(hidden.row(t) + panel * panel_rows, buffers_.up.row(t) + panel * panel_rows, n);
+            }
         }
         end(Stage::gate_up);
     }
@@ -4475,7 +4602,7 @@ private:
         stage_began_ = now;
     }
     float* turns(int t) const {
-        return buffers_.turns + static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim);
+        return buffers_.turns + 2 * static_cast<std::size_t>(t) * static_cast<std::size_t>(config_.head_dim);
     }
 
     // Rows 0 to n - 1 of x (or those that `rows` lists), normalised if there is a norm, packed for products.
