@@ -2633,7 +2633,7 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 // Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
 // rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
 constexpr int attention_chunk = 64, attention_queries = 64, score_stride = attention_segment + 16;
-inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 32)); }
+inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 64)); }
 inline std::size_t mix_floats(int queries, int head_dim) {
     return static_cast<std::size_t>(round_up(queries * (attention_width(head_dim) + 2), 16));
 }
@@ -3476,8 +3476,8 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
     else return load_bytes(from + index) * scale;
 }
 
-// Query heads at a time, and vectors of positions or channels that each meets.
-constexpr int attention_heads = lanes == 16 ? 8 : 4, attention_vectors = lanes == 4 ? 4 : 2;
+// Query heads at a time, and vectors of positions or channels that each meets: as many sums as there are registers for.
+constexpr int attention_heads = 6, attention_vectors = lanes == 8 ? 2 : 4;
 constexpr int attention_step = attention_vectors * lanes;
 
 // `count` positions from `first` on, a multiple of attention_step: their keys [position / step][E][step], their values
@@ -3529,7 +3529,7 @@ struct HeadProducts {
 template <int N>
 void add_products(const HeadProducts& p, int n) {
     if constexpr (N > 1)
-        if (n < N) return add_products<N / 2>(p, n);
+        if (n < N) return add_products<N - 1>(p, n);
     F sums[N][attention_vectors];
     LLAMA3_UNROLL
     for (int h = 0; h < N; ++h) LLAMA3_UNROLL
@@ -3599,22 +3599,19 @@ void attend_segment(const Attention& a, int segment, float* mix) {
     int begin = 0;
     while (a.seen(begin, segment) == 0) begin += a.n_queries;
     const auto row = [](float* rows, int q) { return rows + static_cast<std::size_t>(q) * score_stride; };
-    const auto heads = [&](int q) {
-        return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::min(queries - q, attention_heads))));
-    };
     float *const scores = a.scratch, *const vectors = row(scores, queries),
                  *const packed = vectors + attention_chunk * mix_width;
     for (int q = begin; q < queries; ++q)
         for (std::size_t e = 0; e < width; e += attention_segment)
-            std::memcpy(row(packed, static_cast<int>(e) / attention_segment * queries + q),
-                        a.query + static_cast<std::size_t>(q / a.n_queries) * a.stride +
+            std::copy_n(a.query + static_cast<std::size_t>(q / a.n_queries) * a.stride +
                             static_cast<std::size_t>(q % a.n_queries) * width + e,
-                        4 * std::min<std::size_t>(width - e, attention_segment));
+                        std::min<std::size_t>(width - e, attention_segment),
+                        row(packed, static_cast<int>(e) / attention_segment * queries + q));
     for (int j = 0; j < count; j += attention_chunk) {
         const std::size_t position = static_cast<std::size_t>(j);
         decode_chunk<kv>(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
         for (int q = begin, n; q < queries; q += n) {
-            n = heads(q);
+            n = std::min(queries - q, attention_heads);
             for (int i = 0; i < std::min(a.seen(q + n - 1, segment) - j, attention_chunk); i += attention_step)
                 for (std::size_t e = 0; e < width; e += attention_segment)
                     add_products<attention_heads>(
@@ -3634,12 +3631,13 @@ void attend_segment(const Attention& a, int segment, float* mix) {
     for (int q = begin; q < queries; ++q) total[q] = exponentiate(row(scores, q), a.seen(q, segment), largest[q]);
     for (int j = 0; j < count; j += attention_chunk) {
         const std::size_t position = static_cast<std::size_t>(j);
-        decode_chunk<kv>(cache, false, j, std::min(count - j, attention_chunk), vectors);
-        for (int q = begin, n; q < queries; q += n) {
-            n = heads(q);
-            // Together as far as the first of them sees: a product with a weight of zero would still let NaN through.
-            const int common = std::clamp(a.seen(q, segment) - j, 0, attention_chunk);
-            for (std::size_t c = 0; c < mix_width; c += attention_step) {
+        const int here = std::min(count - j, attention_chunk);
+        decode_chunk<kv>(cache, false, j, here, vectors);
+        for (std::size_t c = 0; c < mix_width; c += attention_step)
+            for (int q = begin, n; q < queries; q += n) {
+                n = std::min(queries - q, attention_heads);
+                // Together as far as the first of them sees: a product with a weight of zero would still let NaN through.
+                const int common = std::clamp(a.seen(q, segment) - j, 0, here);
                 HeadProducts p{mix + static_cast<std::size_t>(q) * mix_width + c,
                                mix_width,
                                row(scores, q) + j,
@@ -3651,13 +3649,12 @@ void attend_segment(const Attention& a, int segment, float* mix) {
                                padded * element};
                 add_products<attention_heads>(p, n);
                 p.fresh = false, p.factors += common, p.vectors += static_cast<std::size_t>(common) * mix_width;
-                for (int other = q + 1; other < q + n; ++other) {
+                for (int other = q + 1; other < q + n && common < here; ++other) {
                     p.sums += mix_width, p.factors += score_stride;
-                    p.count = std::min(a.seen(other, segment) - j, attention_chunk) - common;
+                    p.count = std::min(a.seen(other, segment) - j, here) - common;
                     if (p.count > 0) add_products<1>(p, 1);
                 }
             }
-        }
     }
 }
 
