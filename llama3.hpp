@@ -2558,7 +2558,7 @@ struct Product {
     std::size_t stride;
     bool add;  // out += instead of out =
     int first_panel, last_panel;
-    std::byte* room;  // of unpacked_bytes()
+    std::byte* room;  // of room_bytes()
     float* output(int token, int panel) const { return out + static_cast<std::size_t>(token) * stride + panel * panel_rows; }
 };
 
@@ -2621,12 +2621,14 @@ inline std::size_t packed_bytes(Format format, int columns) {
 }
 
 constexpr int max_tile_panels = 2, max_tile_tokens = 16;
+constexpr std::size_t unpacked_at_once = 1 << 18;  // bytes: a part of the second-level cache
 
 // Bytes of `panels` panels of q8 or q4 after unpacking: 16 rows of 32 bytes and a float for every block of 32 columns.
 inline std::size_t unpacked_bytes(int panels, int columns) {
     return static_cast<std::size_t>(panels * panel_rows) * static_cast<std::size_t>(round_up(columns, 64)) / block_columns *
            (block_columns + 4);
 }
+inline std::size_t room_bytes(int columns) { return std::max(unpacked_bytes(max_tile_panels, columns), unpacked_at_once); }
 
 // Head width as it is stored for values, and groups of channels that share a scale.
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
@@ -3419,17 +3421,28 @@ template <class Type>
 using Wide =
     std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
 
-// Many tokens: tile_panels at a time, unpacked once for all of them, or as they are for as many as stay in the second-level cache.
+// Many tokens. Unpacked panels: as many as stay in the second-level cache, each for all tokens, whose tile stays in the first
+// meanwhile. Panels as they are: each for as many tokens as stay in the second-level cache.
 template <class Type>
 void multiply_many(const Product& product) {
-    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns);
-    const int block = std::max(static_cast<int>((std::size_t{1} << 19) / tile_bytes), 4) * tile_tokens;
-    const int most = is_unpacked<Wide<Type>> ? product.tokens : block;
-    for (int first = 0; first < product.tokens; first += most)
-        for (int panel = product.first_panel; panel < product.last_panel; panel += tile_panels) {
-            if constexpr (is_unpacked<Wide<Type>>) unpack(Wide<Type>{}, product, panel);
-            for (int t = first; t < std::min(first + most, product.tokens); t += tile_tokens)
-                multiply_tile<Wide<Type>, tile_panels, tile_tokens>(product, panel, 1, product.last_panel, t);
+    using Tile = Wide<Type>;
+    constexpr int step = tile_panels;
+    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns),
+                      bytes = unpacked_bytes(step, product.w.columns);
+    constexpr bool unpacks = is_unpacked<Tile>;
+    const int panels = unpacks ? std::max(static_cast<int>(unpacked_at_once / bytes), 1) * step : step;
+    const int tokens = unpacks ? product.tokens : std::max(static_cast<int>((std::size_t{1} << 19) / tile_bytes), 4) * tile_tokens;
+    for (int token = 0; token < product.tokens; token += tokens)
+        for (int first = product.first_panel; first < product.last_panel; first += panels) {
+            Product part = product;
+            const auto each = [&](auto f) {
+                part.room = product.room;
+                for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += step, part.room += bytes)
+                    f(panel);
+            };
+            if constexpr (unpacks) each([&](int panel) { unpack(Tile{}, part, panel); });
+            for (int t = token; t < std::min(token + tokens, product.tokens); t += tile_tokens)
+                each([&](int panel) { multiply_tile<Tile, step, tile_tokens>(part, panel, 1, product.last_panel, t); });
         }
 }
 
@@ -4371,7 +4384,7 @@ struct CpuBuffers {
         scratch_floats = std::max<std::size_t>(max_tile_tokens * x.stride,
                                                attention_floats(queries, c.head_dim) + 2 * mix_floats(queries, c.head_dim));
         scratch = arena.take<float>(static_cast<std::size_t>(threads) * scratch_floats);
-        room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(unpacked_bytes(max_tile_panels, widest)), 64));
+        room_bytes = static_cast<std::size_t>(round_up(static_cast<std::int64_t>(detail::room_bytes(widest)), 64));
         room = arena.take<std::byte>(static_cast<std::size_t>(threads) * room_bytes);
     }
 };

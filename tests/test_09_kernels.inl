@@ -54,7 +54,7 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
                      std::min(together, tokens - t), together, m.columns);
     std::vector<float> out(static_cast<std::size_t>(tokens) * out_stride, 0.25f);
     const int half = m.panels() / 2;  // in two runs of panels, as two threads would
-    d::AlignedBuffer room(d::unpacked_bytes(d::max_tile_panels, m.columns));
+    d::AlignedBuffer room(d::room_bytes(m.columns));
     kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, half, m.panels(), room.data()});
     kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, 0, half, room.data()});
     std::vector<float> expected(static_cast<std::size_t>(m.rows));
