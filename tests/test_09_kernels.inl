@@ -86,6 +86,14 @@ TEST_SUITE("core: kernels") {
         CHECK(kernels_here().size() >= 1);
     }
 
+    TEST_CASE("panels that are unpacked a few at a time have the bits of the reference") {
+        for (Format format : {Format::q8, Format::q4}) {
+            const RandomMatrix w(format, 7 * panel_rows, 4096, 1, 9);
+            CHECK(d::unpacked_bytes(4, 4096) > d::unpacked_at_once);  // so each half takes several goes
+            for (const d::Kernels* kernels : kernels_here()) check_product(*kernels, w, 4 * kernels->tile_tokens[static_cast<std::size_t>(format)] + 1, false);
+        }
+    }
+
     TEST_CASE("extreme bytes do not saturate") {
         RandomMatrix q8(Format::q8, 16, 64, 1, 3), q4(Format::q4, 16, 64, 1, 4);
         for (std::size_t i = 0; i < 1024; ++i) q8.memory.data()[i] = static_cast<std::byte>(i % 3 ? 127 : 129);
