@@ -3730,7 +3730,7 @@ void attend_row(const Attention& a, int segment, float* mix) {
         float scales[block * most_groups];
         if constexpr (kv == Format::q8)
             for (std::size_t i = begin * groups; i < end * groups; i += lanes)
-                store(scales + i - begin * groups, load_fp16(cache.value_scales + i));
+                store(scales + (i - begin * groups), load_fp16(cache.value_scales + i));
         for (int first = 0; first < a.n_queries; first += heads)
             for (std::size_t c = 0; c < width; c += vectors * lanes) {
                 F sums[heads][vectors];
