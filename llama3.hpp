@@ -2924,15 +2924,22 @@ LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
 }
 LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
-constexpr int signed_bias = 0, tile_tokens = 4, few_tokens = 4;
+constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4;
+LLAMA3_INLINE I flip_signs(I x) { return x; }
+// GCC 12 would compute all products first and then their sum, and has no registers for so many.
+LLAMA3_INLINE I add_now(I x) {
+    asm("" : "+x"(x));
+    return x;
+}
 // vpmaddubsw adds pairs of products in 16 bits and saturates: exact only if they stay small. With |w| <= 127 and the sign moved
 // to the activation a pair is at most 2 * 127 * 127 = 32258; a nibble makes 2 * 15 * 127 = 3810, and eight of those still fit.
-LLAMA3_INLINE I dot_signed(I sum, I w, I x) {
+LLAMA3_INLINE I add_dot(Q8, I sum, I w, I x) {
     const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return add_now(_mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
 }
-LLAMA3_INLINE I add_pairs(I sum16, I nibbles, I x) { return _mm256_add_epi16(sum16, _mm256_maddubs_epi16(nibbles, x)); }
-LLAMA3_INLINE I finish_pairs(I sum16) { return _mm256_madd_epi16(sum16, _mm256_set1_epi16(1)); }
+LLAMA3_INLINE I add_dot(Q4, I sum16, I nibbles, I x) {
+    return add_now(_mm256_add_epi16(sum16, _mm256_maddubs_epi16(nibbles, x)));
+}
 #endif
 
 #else  // vectors of 4, in the compiler's own notation, and what NEON has instructions for
@@ -3057,15 +3064,23 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
 
 LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
-// A sum of products of biased weights begins at `start`, which takes the bias away again.
-#if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // in 16 bits
+// A sum of dots of biased weights begins at `start`, which takes the bias away again.
+#if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // q4: in 16 bits
 LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
-LLAMA3_INLINE I finish_sum(I sum16, const std::byte* start) { return add_int(finish_pairs(sum16), splat_four(start)); }
+LLAMA3_INLINE I finish_sum(Q8, I sum, const std::byte*) { return sum; }
+LLAMA3_INLINE I finish_sum(Q4, I sum16, const std::byte* start) {
+    return add_int(_mm256_madd_epi16(sum16, _mm256_set1_epi16(1)), splat_four(start));
+}
 #else                                           // in 32 bits, exactly
-LLAMA3_INLINE I dot_signed(I sum, I w, I x) { return dot_bytes(sum, flip_signs(w), x); }
-LLAMA3_INLINE I add_pairs(I sum, I nibbles, I x) { return dot_bytes(sum, nibbles, x); }
+template <class Type>
+LLAMA3_INLINE I add_dot(Type, I sum, I w, I x) {
+    return dot_bytes(sum, w, x);
+}
 LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
-LLAMA3_INLINE I finish_sum(I sum, const std::byte*) { return sum; }
+template <class Type>
+LLAMA3_INLINE I finish_sum(Type, I sum, const std::byte*) {
+    return sum;
+}
 #endif
 
 // detail::exp, lane by lane, in the same operations, for x <= 88.72 or NaN.
@@ -3255,9 +3270,9 @@ template <int N>
 LLAMA3_INLINE void add_dots(Q8, I (&dots)[N], const std::byte* w, const std::byte* x) {
     LLAMA3_UNROLL
     for (int v = 0; v < 8; ++v) {
-        const I weights = load_bits(w + 64 * v);
+        const I weights = flip_signs(load_bits(w + 64 * v));
         LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[t] = dot_signed(dots[t], weights, splat_four(x + 4 * (v * N + t)));
+        for (int t = 0; t < N; ++t) dots[t] = add_dot(Q8{}, dots[t], weights, splat_four(x + 4 * (v * N + t)));
     }
 }
 
@@ -3268,12 +3283,12 @@ LLAMA3_INLINE void add_dots(Q4, I (&dots)[N], const std::byte* w, const std::byt
         const I nibbles = load_bits(w + 64 * v), low = low_nibbles(nibbles), high = high_nibbles(nibbles);
         LLAMA3_UNROLL
         for (int t = 0; t < N; ++t) {
-            dots[t] = add_pairs(dots[t], low, splat_four(x + 4 * (2 * v * N + t)));
-            dots[t] = add_pairs(dots[t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
+            dots[t] = add_dot(Q4{}, dots[t], low, splat_four(x + 4 * (2 * v * N + t)));
+            dots[t] = add_dot(Q4{}, dots[t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
         }
     }
     LLAMA3_UNROLL
-    for (int t = 0; t < N; ++t) dots[t] = finish_sum(dots[t], x + 36 * N + 4 * t);
+    for (int t = 0; t < N; ++t) dots[t] = finish_sum(Q4{}, dots[t], x + 36 * N + 4 * t);
 }
 
 template <int P, int N, class Type>
@@ -3293,19 +3308,17 @@ LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* 
 }
 
 // q8 and q4 weights as a wide tile reads them, unpacked once for all tokens. A block is [8 groups of 4 columns][P][16 rows] of
-// 4 bytes, as add_pairs takes them, and [P][16 rows] float scales.
+// 4 bytes, as add_dot takes them, and [P][16 rows] float scales.
 template <class Type>
 struct Unpacked {
     static constexpr Format format = Type::format;
 };
 
-#ifdef LLAMA3_VNNI
 LLAMA3_INLINE void unpack_four(Q8, const std::byte* block, int v, std::byte* out, int stride) {
     for (int i = 2 * v; i < 2 * v + 2; ++i)
         for (int h = 0; h < parts; ++h)
             store_bits(out + i * stride + h * lanes * 4, flip_signs(load_bits(block + 64 * i + h * lanes * 4)));
 }
-#endif
 
 LLAMA3_INLINE void unpack_four(Q4, const std::byte* block, int v, std::byte* out, int stride) {
     for (int h = 0; h < parts; ++h) {
@@ -3346,13 +3359,14 @@ LLAMA3_INLINE void multiply_unit(Unpacked<Type>, F (&sums)[P][parts][N], const s
             LLAMA3_UNROLL
             for (int p = 0; p < P; ++p) LLAMA3_UNROLL
             for (int h = 0; h < parts; ++h)
-                dots[p][h][t] = add_pairs(dots[p][h][t], load_bits(w[p] + 576 * P * block + 64 * P * v + h * lanes * 4), four);
+                dots[p][h][t] =
+                    add_dot(Type{}, dots[p][h][t], load_bits(w[p] + 576 * P * block + 64 * P * v + h * lanes * 4), four);
         }
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) {
             LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) dots[p][h][t] = finish_sum(dots[p][h][t], x + 36 * N + 4 * t);
+            for (int t = 0; t < N; ++t) dots[p][h][t] = finish_sum(Type{}, dots[p][h][t], x + 36 * N + 4 * t);
             add_block<N>(sums[p][h], dots[p][h],
                          load(reinterpret_cast<const float*>(w[p] + 576 * P * block + 512 * P) + h * lanes), x);
         }
@@ -3416,10 +3430,9 @@ void multiply_tile(const Product& product, int panel, int step, int last, int to
         join_segments<N>(product, panel + p * step, token, std::min(N, product.tokens - token), chains[0][p][0], P * parts * N);
 }
 
-// What a wide tile reads: the sign trick of AVX2 wants q8 as it is.
+// What a wide tile reads.
 template <class Type>
-using Wide =
-    std::conditional_t<std::is_same_v<Type, Q4> || (std::is_same_v<Type, Q8> && signed_bias != 0), Unpacked<Type>, Type>;
+using Wide = std::conditional_t<std::is_same_v<Type, Q8> || std::is_same_v<Type, Q4>, Unpacked<Type>, Type>;
 
 // Many tokens. Unpacked panels: as many as stay in the second-level cache, each for all tokens, whose tile stays in the first
 // meanwhile. Panels as they are: each for as many tokens as stay in the second-level cache.
