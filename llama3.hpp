@@ -2802,7 +2802,7 @@ namespace LLAMA3_KERNELS {
 
 using F = __m512;
 using I = __m512i;
-constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128;
+constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128, fetched_ahead = 1088;
 LLAMA3_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
@@ -2918,13 +2918,13 @@ LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
 LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 #ifdef LLAMA3_VNNI
-constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 6;
+constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 6, fetched_ahead = 1088;
 LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
     return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
 }
 LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
-constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4;
+constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4, fetched_ahead = 704;  // more is slower on Zen 3
 LLAMA3_INLINE I flip_signs(I x) { return x; }
 // GCC 12 would compute all products first and then their sum, and has no registers for so many.
 LLAMA3_INLINE I add_now(I x) {
@@ -2948,7 +2948,7 @@ typedef float F __attribute__((vector_size(16)));
 typedef std::int32_t I __attribute__((vector_size(16)));
 typedef std::uint32_t U __attribute__((vector_size(16)));
 typedef std::uint8_t B __attribute__((vector_size(16)));
-constexpr int lanes = 4, tile_panels = 1, signed_bias = 0;
+constexpr int lanes = 4, tile_panels = 1, signed_bias = 0, fetched_ahead = 1088;
 LLAMA3_INLINE F load(const float* p) {
     F x;
     std::memcpy(&x, p, 16);
@@ -3195,10 +3195,10 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
     }
 }
 
-// Fetches what a stream of weights reads soon.
+// Fetches what a stream of weights reads soon, fetched_ahead bytes from here.
 LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
     LLAMA3_UNROLL
-    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + 1088 + line);
+    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead + line);
 }
 
 // Keeps the compiler from holding loaded values for the next use: it has too few registers for them, and would spill them.
