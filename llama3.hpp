@@ -2924,7 +2924,7 @@ LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
 }
 LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
-constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4, fetched_ahead = 704;  // more is slower on Zen 3
+constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4, fetched_ahead = 704;  // 1088 is slower on Zen 3
 LLAMA3_INLINE I flip_signs(I x) { return x; }
 // GCC 12 would compute all products first and then their sum, and has no registers for so many.
 LLAMA3_INLINE I add_now(I x) {
@@ -3064,7 +3064,8 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
 
 LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
-// A sum of dots of biased weights begins at `start`, which takes the bias away again.
+// add_dot: sum += w · x over the four columns of each lane. A sum over biased weights begins at `start`, which takes the bias
+// away again.
 #if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // q4: in 16 bits
 LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
 LLAMA3_INLINE I finish_sum(Q8, I sum, const std::byte*) { return sum; }
