@@ -2559,6 +2559,7 @@ struct Product {
     bool add;  // out += instead of out =
     int first_panel, last_panel;
     std::byte* room;  // of room_bytes()
+    int streams = 1;  // runs of panels that a single token meets side by side: 1 or 4, whichever this processor reads faster
     float* output(int token, int panel) const { return out + static_cast<std::size_t>(token) * stride + panel * panel_rows; }
 };
 
@@ -2802,7 +2803,7 @@ namespace LLAMA3_KERNELS {
 
 using F = __m512;
 using I = __m512i;
-constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128, fetched_ahead = 1088;
+constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128, fetched_ahead = 4352;
 LLAMA3_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
@@ -2918,13 +2919,13 @@ LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
 LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 #ifdef LLAMA3_VNNI
-constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 6, fetched_ahead = 1088;
+constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 6, fetched_ahead = 4352;
 LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
     return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
 }
 LLAMA3_INLINE I flip_signs(I x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
-constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4, fetched_ahead = 704;  // 1088 is slower on Zen 3
+constexpr int signed_bias = 0, tile_tokens = 5, few_tokens = 4, fetched_ahead = 3264;  // 4352 in 4 streams is slower on Zen 3
 LLAMA3_INLINE I flip_signs(I x) { return x; }
 // GCC 12 would compute all products first and then their sum, and has no registers for so many.
 LLAMA3_INLINE I add_now(I x) {
@@ -3196,10 +3197,11 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
     }
 }
 
-// Fetches what a stream of weights reads soon, fetched_ahead bytes from here.
+// Fetches what one of P streams of weights reads soon; fetched_ahead bytes of all of them are on their way.
+template <int P>
 LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
     LLAMA3_UNROLL
-    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead + line);
+    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead / P + line);
 }
 
 // Keeps the compiler from holding loaded values for the next use: it has too few registers for them, and would spill them.
@@ -3209,7 +3211,7 @@ LLAMA3_INLINE void forget_loads() { asm volatile("" ::: "memory"); }
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) fetch_ahead(w[p], 64);
+    for (int p = 0; p < P; ++p) fetch_ahead<P>(w[p], 64);
     LLAMA3_UNROLL
     for (int t = 0; t < N; ++t) {
         const F value = splat(load_as<float>(x + 4 * t));
@@ -3226,7 +3228,7 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
     I pairs[P][parts];
     LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) {
-        fetch_ahead(w[p], 64);
+        fetch_ahead<P>(w[p], 64);
         LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) pairs[p][h] = load_bits(w[p] + h * lanes * 4);
     }
@@ -3298,7 +3300,7 @@ LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* 
     for (int block = 0; block < 2; ++block, x += 40 * N) LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) LLAMA3_UNROLL
     for (int h = 0; h < parts; ++h) {
-        if (h == 0) fetch_ahead(w[p] + half * static_cast<std::size_t>(block), half);
+        if (h == 0) fetch_ahead<P>(w[p] + half * static_cast<std::size_t>(block), half);
         forget_loads();
         I dots[N];
         LLAMA3_UNROLL
@@ -3460,15 +3462,22 @@ void multiply_many(const Product& product) {
         }
 }
 
-// N tokens from `token` on times panels [first, last). Reading several streams of memory at once is faster than one, so the panels
-// are cut into as many runs as a tile has panels.
+// N tokens times panels [first, last), which are cut into as many runs as a tile has panels: streams that are read side by side.
+template <class Type, int streams, int N>
+void multiply_runs(const Product& product, int first, int last, int token) {
+    const int run = (last - first + streams - 1) / streams;
+    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, token);
+}
+
+// As many tokens as were packed together, from `token` on, times panels [first, last).
 template <class Type, int N>
 void multiply_few(const Product& product, int first, int last, int token) {
     if constexpr (N > 1)
         if (product.together < N) return multiply_few<Type, N - 1>(product, first, last, token);
-    constexpr int streams = lanes < 8 ? 1 : N == 1 ? 4 : lanes == 16 || N == 2 ? 2 : 1;
-    const int run = (last - first + streams - 1) / streams;
-    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, token);
+    if constexpr (lanes >= 8 && N == 1)
+        if (product.streams == 4) return multiply_runs<Type, 4, 1>(product, first, last, token);
+    constexpr int streams = N > 1 && (lanes == 16 || (lanes == 8 && N == 2)) ? 2 : 1;
+    multiply_runs<Type, streams, N>(product, first, last, token);
 }
 
 template <class Type>
@@ -4410,7 +4419,8 @@ public:
     // The whole model, or the share of one rank.
     CpuBackend(Model model, const Options& options, Share share)
         : model_(std::move(model)), share_(std::move(share)), config_(share_.config), communicator_(options.communicator),
-          context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)), team_(options.threads),
+          context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)),
+          streams_(cpu_features().intel ? 4 : 1), team_(options.threads),
           rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
           memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
           buffers_(place(arena_, memory_), config_, rows_, team_.threads(), share_.ranks) {}
@@ -4461,6 +4471,7 @@ private:
     int context_;
     Format kv_;
     const Kernels& kernels_;
+    int streams_;
     Team team_;
     Barrier barrier_;
     int rows_;
@@ -4655,7 +4666,8 @@ private:
         first = std::max(first, 0), last = std::min(last, w.panels());
         if (first < last)
             kernels_.multiply(
-                {w, buffers_.packed, n, kernels_.tokens_together(w.format, n), out.data, out.stride, add, first, last, room_});
+                {w, buffers_.packed, n, kernels_.tokens_together(w.format, n), out.data, out.stride, add, first, last, room_,
+                 b_.streams_});
     }
 
     void add_product(Stage stage, Tensor x, const Matrix& w, Tensor input) {

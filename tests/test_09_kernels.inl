@@ -55,8 +55,8 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
     std::vector<float> out(static_cast<std::size_t>(tokens) * out_stride, 0.25f);
     const int half = m.panels() / 2;  // in two runs of panels, as two threads would
     d::AlignedBuffer room(d::room_bytes(m.columns));
-    kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, half, m.panels(), room.data()});
-    kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, 0, half, room.data()});
+    kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, half, m.panels(), room.data(), 1});
+    kernels.multiply({m, packed.data(), tokens, together, out.data(), out_stride, add, 0, half, room.data(), 4});
     std::vector<float> expected(static_cast<std::size_t>(m.rows));
     for (int t = 0; t < tokens; ++t) {
         d::linear(expected.data(), m, x.data() + static_cast<std::size_t>(t) * stride);
