@@ -3197,11 +3197,12 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
     }
 }
 
-// Fetches what one of P streams of weights reads soon; fetched_ahead bytes of all of them are on their way.
-template <int P>
+// Fetches what one of P streams of weights reads soon. On their way are fetched_ahead bytes of all of them, twice as many where
+// several tokens meet them.
+template <int P, int N>
 LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
     LLAMA3_UNROLL
-    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead / P + line);
+    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead * (N > 1 ? 2 : 1) / P + line);
 }
 
 // Keeps the compiler from holding loaded values for the next use: it has too few registers for them, and would spill them.
@@ -3211,7 +3212,7 @@ LLAMA3_INLINE void forget_loads() { asm volatile("" ::: "memory"); }
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) fetch_ahead<P>(w[p], 64);
+    for (int p = 0; p < P; ++p) fetch_ahead<P, N>(w[p], 64);
     LLAMA3_UNROLL
     for (int t = 0; t < N; ++t) {
         const F value = splat(load_as<float>(x + 4 * t));
@@ -3228,7 +3229,7 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
     I pairs[P][parts];
     LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) {
-        fetch_ahead<P>(w[p], 64);
+        fetch_ahead<P, N>(w[p], 64);
         LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) pairs[p][h] = load_bits(w[p] + h * lanes * 4);
     }
@@ -3257,129 +3258,92 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
 #endif
 }
 
-// sums += dots * (scales of the weights and of the tokens at x).
-template <int N>
-LLAMA3_INLINE void add_block(F (&sums)[N], const I (&dots)[N], F w_scale, const std::byte* x) {
-    LLAMA3_UNROLL
-    for (int t = 0; t < N; ++t) sums[t] = fma(to_float(dots[t]), w_scale * splat(load_as<float>(x + 32 * N + 4 * t)), sums[t]);
-}
-
-LLAMA3_INLINE F load_scales(const std::byte* unit, int vectors, int block, int part) {
-    return load_fp16(reinterpret_cast<const std::uint16_t*>(unit + 64 * vectors + 32 * block) + part * lanes);
-}
-
-// dots += the products of a block's weights at w with N tokens at x.
-template <int N>
-LLAMA3_INLINE void add_dots(Q8, I (&dots)[N], const std::byte* w, const std::byte* x) {
-    LLAMA3_UNROLL
-    for (int v = 0; v < 8; ++v) {
-        const I weights = flip_signs(load_bits(w + 64 * v));
-        LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[t] = add_dot(Q8{}, dots[t], weights, splat_four(x + 4 * (v * N + t)));
-    }
-}
-
-template <int N>
-LLAMA3_INLINE void add_dots(Q4, I (&dots)[N], const std::byte* w, const std::byte* x) {
-    LLAMA3_UNROLL
-    for (int v = 0; v < 4; ++v) {
-        const I nibbles = load_bits(w + 64 * v), low = low_nibbles(nibbles), high = high_nibbles(nibbles);
-        LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) {
-            dots[t] = add_dot(Q4{}, dots[t], low, splat_four(x + 4 * (2 * v * N + t)));
-            dots[t] = add_dot(Q4{}, dots[t], high, splat_four(x + 4 * ((2 * v + 1) * N + t)));
-        }
-    }
-    LLAMA3_UNROLL
-    for (int t = 0; t < N; ++t) dots[t] = finish_sum(Q4{}, dots[t], x + 36 * N + 4 * t);
-}
-
-template <int P, int N, class Type>
-LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
-    constexpr std::size_t half = unit_bytes(Type::format) / 2;
-    for (int block = 0; block < 2; ++block, x += 40 * N) LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-    for (int h = 0; h < parts; ++h) {
-        if (h == 0) fetch_ahead<P>(w[p] + half * static_cast<std::size_t>(block), half);
-        forget_loads();
-        I dots[N];
-        LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[t] = begin_sum(x + 36 * N + 4 * t);
-        add_dots(Type{}, dots, w[p] + 32 * Type::vectors * block + h * lanes * 4, x);
-        add_block<N>(sums[p][h], dots, load_scales(w[p], Type::vectors, block, h), x);
-    }
-}
-
-// q8 and q4 weights as a wide tile reads them, unpacked once for all tokens. A block is [8 groups of 4 columns][P][16 rows] of
-// 4 bytes, as add_dot takes them, and [P][16 rows] float scales.
+// q8 and q4 weights as a wide tile reads them, unpacked once for all tokens. A unit of 64 columns of a panel is
+// [16 groups of 4 columns][16 rows] of 4 bytes, as add_dot takes them, and [2 blocks][16 rows] float scales.
 template <class Type>
-struct Unpacked {
-    static constexpr Format format = Type::format;
+struct Unpacked : Type {
+    static constexpr int vectors = 16;
 };
+constexpr std::size_t unpacked_unit = 1024 + 128;  // bytes
+template <class Type>
+constexpr bool is_unpacked = false;
+template <class Type>
+constexpr bool is_unpacked<Unpacked<Type>> = true;
 
-LLAMA3_INLINE void unpack_four(Q8, const std::byte* block, int v, std::byte* out, int stride) {
-    for (int i = 2 * v; i < 2 * v + 2; ++i)
-        for (int h = 0; h < parts; ++h)
-            store_bits(out + i * stride + h * lanes * 4, flip_signs(load_bits(block + 64 * i + h * lanes * 4)));
+// Four columns of a block's weights for add_dot, the v-th of 8.
+LLAMA3_INLINE I load_four(Q8, const std::byte* block, int v) { return flip_signs(load_bits(block + 64 * v)); }
+LLAMA3_INLINE I load_four(Q4, const std::byte* block, int v) {
+    const I nibbles = load_bits(block + v / 2 * 64);
+    return v % 2 ? high_nibbles(nibbles) : low_nibbles(nibbles);
 }
-
-LLAMA3_INLINE void unpack_four(Q4, const std::byte* block, int v, std::byte* out, int stride) {
-    for (int h = 0; h < parts; ++h) {
-        const I nibbles = load_bits(block + 64 * v + h * lanes * 4);
-        store_bits(out + 2 * v * stride + h * lanes * 4, low_nibbles(nibbles));
-        store_bits(out + (2 * v + 1) * stride + h * lanes * 4, high_nibbles(nibbles));
-    }
+template <class Type>
+LLAMA3_INLINE I load_four(Unpacked<Type>, const std::byte* block, int v) {
+    return load_bits(block + 64 * v);
 }
 
 template <class Type>
-void unpack(Unpacked<Type>, const Product& product, int panel) {
-    constexpr int P = tile_panels;
-    std::byte* out = product.room;
-    for (int unit = 0; unit < product.w.units(); ++unit)
-        for (int block = 0; block < 2; ++block, out += 576 * P)
-            for (int p = 0; p < P; ++p) {
-                const std::byte* from = product.w.panel(std::min(panel + p, product.last_panel - 1)) +
-                                        static_cast<std::size_t>(unit) * unit_bytes(Type::format);
-                for (int v = 0; v < 4; ++v) unpack_four(Type{}, from + 32 * Type::vectors * block, v, out + 64 * p, 64 * P);
-                for (int h = 0; h < parts; ++h)
-                    store(reinterpret_cast<float*>(out + 512 * P + 64 * p) + h * lanes,
-                          load_scales(from, Type::vectors, block, h));
-            }
+LLAMA3_INLINE F load_scales(Type, const std::byte* unit, int block, int part) {
+    return load_fp16(reinterpret_cast<const std::uint16_t*>(unit + 64 * Type::vectors + 32 * block) + part * lanes);
+}
+template <class Type>
+LLAMA3_INLINE F load_scales(Unpacked<Type>, const std::byte* unit, int block, int part) {
+    return load(reinterpret_cast<const float*>(unit + 1024 + 64 * block) + part * lanes);
 }
 
+template <class Type>
+void unpack(Type type, const Product& product, int panel, std::byte* out) {
+    for (int unit = 0; unit < product.w.units(); ++unit)
+        for (int p = 0; p < tile_panels; ++p, out += unpacked_unit) {
+            const std::byte* from = product.w.panel(std::min(panel + p, product.last_panel - 1)) +
+                                    static_cast<std::size_t>(unit) * unit_bytes(Type::format);
+            for (int block = 0; block < 2; ++block) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) {
+                LLAMA3_UNROLL
+                for (int v = 0; v < 8; ++v)
+                    store_bits(out + 512 * block + 64 * v + h * lanes * 4,
+                               load_four(type, from + 32 * Type::vectors * block + h * lanes * 4, v));
+                store(reinterpret_cast<float*>(out + 1024 + 64 * block) + h * lanes, load_scales(type, from, block, h));
+            }
+        }
+}
+
+// Integer dot products of each block, then sums += dots * (scales of the weights and of the tokens).
 template <int P, int N, class Type>
-LLAMA3_INLINE void multiply_unit(Unpacked<Type>, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+    constexpr std::size_t half = unit_bytes(Type::format) / 2;
     for (int block = 0; block < 2; ++block, x += 40 * N) {
+        if constexpr (!is_unpacked<Type>) LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) fetch_ahead<P, N>(w[p] + half * static_cast<std::size_t>(block), half);
         I dots[P][parts][N];
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
         for (int t = 0; t < N; ++t) dots[p][h][t] = begin_sum(x + 36 * N + 4 * t);
         LLAMA3_UNROLL
-        for (int v = 0; v < 8; ++v) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) {
-            const I four = splat_four(x + 4 * (v * N + t));
+        for (int v = 0; v < 8; ++v) {
+            I four[P][parts];
             LLAMA3_UNROLL
             for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h)
-                dots[p][h][t] =
-                    add_dot(Type{}, dots[p][h][t], load_bits(w[p] + 576 * P * block + 64 * P * v + h * lanes * 4), four);
+            for (int h = 0; h < parts; ++h) four[p][h] = load_four(type, w[p] + 32 * Type::vectors * block + h * lanes * 4, v);
+            LLAMA3_UNROLL
+            for (int t = 0; t < N; ++t) {
+                const I token = splat_four(x + 4 * (v * N + t));
+                LLAMA3_UNROLL
+                for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+                for (int h = 0; h < parts; ++h) dots[p][h][t] = add_dot(type, dots[p][h][t], four[p][h], token);
+            }
         }
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) {
+            const F w_scale = load_scales(type, w[p], block, h);
             LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t) dots[p][h][t] = finish_sum(Type{}, dots[p][h][t], x + 36 * N + 4 * t);
-            add_block<N>(sums[p][h], dots[p][h],
-                         load(reinterpret_cast<const float*>(w[p] + 576 * P * block + 512 * P) + h * lanes), x);
+            for (int t = 0; t < N; ++t)
+                sums[p][h][t] = fma(to_float(finish_sum(type, dots[p][h][t], x + 36 * N + 4 * t)),
+                                    w_scale * splat(load_as<float>(x + 32 * N + 4 * t)), sums[p][h][t]);
         }
     }
 }
-
-template <class Type>
-constexpr bool is_unpacked = false;
-template <class Type>
-constexpr bool is_unpacked<Unpacked<Type>> = true;
 
 // Joins the chains of a panel and N tokens, chains[segment * step + part * N + token], by the tree; stores the `tokens` from
 // `token` on, or adds them to what is there.
@@ -3404,11 +3368,11 @@ template <class Type, int P, int N>
 void multiply_tile(const Product& product, int panel, int step, int last, int token) {
     const Matrix& w = product.w;
     const int units = w.units() / w.segments;
-    constexpr std::size_t unit = is_unpacked<Type> ? 2 * 576 * P : unit_bytes(Type::format);
+    constexpr std::size_t unit = is_unpacked<Type> ? P * unpacked_unit : unit_bytes(Type::format);
     const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Type::format, w.columns);
     const std::byte* data[P];
     for (int p = 0; p < P; ++p)
-        data[p] = is_unpacked<Type> ? product.room + 64 * p : w.panel(std::min(panel + p * step, last - 1));
+        data[p] = is_unpacked<Type> ? product.room + p * unpacked_unit : w.panel(std::min(panel + p * step, last - 1));
     for (int p = 0; p < P; ++p)  // arrive while the tile is computed
         for (int t = 0; t < N; ++t)
             __builtin_prefetch(product.output(token + t, panel + p * step), 1);
@@ -3456,7 +3420,7 @@ void multiply_many(const Product& product) {
                 for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += step, part.room += bytes)
                     f(panel);
             };
-            if constexpr (unpacks) each([&](int panel) { unpack(Tile{}, part, panel); });
+            if constexpr (unpacks) each([&](int panel) { unpack(Type{}, part, panel, part.room); });
             for (int t = token; t < std::min(token + tokens, product.tokens); t += tile_tokens)
                 each([&](int panel) { multiply_tile<Tile, step, tile_tokens>(part, panel, 1, product.last_panel, t); });
         }
@@ -3476,8 +3440,7 @@ void multiply_few(const Product& product, int first, int last, int token) {
         if (product.together < N) return multiply_few<Type, N - 1>(product, first, last, token);
     if constexpr (lanes >= 8 && N == 1)
         if (product.streams == 4) return multiply_runs<Type, 4, 1>(product, first, last, token);
-    constexpr int streams = N > 1 && (lanes == 16 || (lanes == 8 && N == 2)) ? 2 : 1;
-    multiply_runs<Type, streams, N>(product, first, last, token);
+    multiply_runs<Type, 1, N>(product, first, last, token);
 }
 
 template <class Type>
@@ -3951,7 +3914,7 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, int to
             const std::byte* ready = dots[(s * units + u) % 2];
             if (more) begin_unit(x + unit_of_tokens, w + unit_bytes(Format::q8));
             for (int block = 0; block < 2; ++block) {
-                const F w_scale = load_scales(w, Q8::vectors, block, 0);
+                const F w_scale = load_scales(Q8{}, w, block, 0);
                 const std::byte* x_scales =
                     x + unit_of_tokens / 2 * static_cast<std::size_t>(block) + tile_tokens * block_columns;
                 LLAMA3_UNROLL
