@@ -2558,7 +2558,7 @@ struct Product {
     std::size_t stride;
     bool add;  // out += instead of out =
     int first_panel, last_panel;
-    std::byte* room;  // of room_bytes()
+    std::byte* room;  // of room_bytes(): a panel of q8
     int streams = 1;  // runs of panels that a single token meets side by side: 1 or 4, whichever this processor reads faster
     float* output(int token, int panel) const { return out + static_cast<std::size_t>(token) * stride + panel * panel_rows; }
 };
@@ -2621,15 +2621,11 @@ inline std::size_t packed_bytes(Format format, int columns) {
     return format == Format::f32 || format == Format::bf16 ? 4 * n : n / block_columns * (block_columns + 8);
 }
 
-constexpr int max_tile_panels = 2, max_tile_tokens = 16;
-constexpr std::size_t unpacked_at_once = 1 << 18;  // bytes: a part of the second-level cache
-
-// Bytes of `panels` panels of q8 or q4 after unpacking: 16 rows of 32 bytes and a float for every block of 32 columns.
-inline std::size_t unpacked_bytes(int panels, int columns) {
-    return static_cast<std::size_t>(panels * panel_rows) * static_cast<std::size_t>(round_up(columns, 64)) / block_columns *
-           (block_columns + 4);
+constexpr int max_tile_tokens = 16;
+inline std::size_t room_bytes(int columns) {
+    return static_cast<std::size_t>(round_up(columns, 64)) / unit_columns(Format::q8) * unit_bytes(Format::q8);
 }
-inline std::size_t room_bytes(int columns) { return std::max(unpacked_bytes(max_tile_panels, columns), unpacked_at_once); }
+constexpr std::size_t panels_at_once = 1 << 18, tokens_at_once = 6 << 20;  // bytes: parts of the second and third level of caches
 
 // Head width as it is stored for values, and groups of channels that share a scale.
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
@@ -3205,9 +3201,6 @@ LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
     for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead * (N > 1 ? 2 : 1) / P + line);
 }
 
-// Keeps the compiler from holding loaded values for the next use: it has too few registers for them, and would spill them.
-LLAMA3_INLINE void forget_loads() { asm volatile("" ::: "memory"); }
-
 // One unit of P panels times N tokens, added to the chains sums[panel][part][token]; x moves on to the next unit.
 template <int P, int N>
 LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
@@ -3258,61 +3251,23 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
 #endif
 }
 
-// q8 and q4 weights as a wide tile reads them, unpacked once for all tokens. A unit of 64 columns of a panel is
-// [16 groups of 4 columns][16 rows] of 4 bytes, as add_dot takes them, and [2 blocks][16 rows] float scales.
-template <class Type>
-struct Unpacked : Type {
-    static constexpr int vectors = 16;
-};
-constexpr std::size_t unpacked_unit = 1024 + 128;  // bytes
-template <class Type>
-constexpr bool is_unpacked = false;
-template <class Type>
-constexpr bool is_unpacked<Unpacked<Type>> = true;
-
 // Four columns of a block's weights for add_dot, the v-th of 8.
 LLAMA3_INLINE I load_four(Q8, const std::byte* block, int v) { return flip_signs(load_bits(block + 64 * v)); }
 LLAMA3_INLINE I load_four(Q4, const std::byte* block, int v) {
     const I nibbles = load_bits(block + v / 2 * 64);
     return v % 2 ? high_nibbles(nibbles) : low_nibbles(nibbles);
 }
-template <class Type>
-LLAMA3_INLINE I load_four(Unpacked<Type>, const std::byte* block, int v) {
-    return load_bits(block + 64 * v);
-}
 
 template <class Type>
 LLAMA3_INLINE F load_scales(Type, const std::byte* unit, int block, int part) {
     return load_fp16(reinterpret_cast<const std::uint16_t*>(unit + 64 * Type::vectors + 32 * block) + part * lanes);
 }
-template <class Type>
-LLAMA3_INLINE F load_scales(Unpacked<Type>, const std::byte* unit, int block, int part) {
-    return load(reinterpret_cast<const float*>(unit + 1024 + 64 * block) + part * lanes);
-}
-
-template <class Type>
-void unpack(Type type, const Product& product, int panel, std::byte* out) {
-    for (int unit = 0; unit < product.w.units(); ++unit)
-        for (int p = 0; p < tile_panels; ++p, out += unpacked_unit) {
-            const std::byte* from = product.w.panel(std::min(panel + p, product.last_panel - 1)) +
-                                    static_cast<std::size_t>(unit) * unit_bytes(Type::format);
-            for (int block = 0; block < 2; ++block) LLAMA3_UNROLL
-            for (int h = 0; h < parts; ++h) {
-                LLAMA3_UNROLL
-                for (int v = 0; v < 8; ++v)
-                    store_bits(out + 512 * block + 64 * v + h * lanes * 4,
-                               load_four(type, from + 32 * Type::vectors * block + h * lanes * 4, v));
-                store(reinterpret_cast<float*>(out + 1024 + 64 * block) + h * lanes, load_scales(type, from, block, h));
-            }
-        }
-}
-
 // Integer dot products of each block, then sums += dots * (scales of the weights and of the tokens).
 template <int P, int N, class Type>
 LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     constexpr std::size_t half = unit_bytes(Type::format) / 2;
     for (int block = 0; block < 2; ++block, x += 40 * N) {
-        if constexpr (!is_unpacked<Type>) LLAMA3_UNROLL
+        LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) fetch_ahead<P, N>(w[p] + half * static_cast<std::size_t>(block), half);
         I dots[P][parts][N];
         LLAMA3_UNROLL
@@ -3368,11 +3323,11 @@ template <class Type, int P, int N>
 void multiply_tile(const Product& product, int panel, int step, int last, int token) {
     const Matrix& w = product.w;
     const int units = w.units() / w.segments;
-    constexpr std::size_t unit = is_unpacked<Type> ? P * unpacked_unit : unit_bytes(Type::format);
+    constexpr std::size_t unit = unit_bytes(Type::format);
     const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Type::format, w.columns);
     const std::byte* data[P];
     for (int p = 0; p < P; ++p)
-        data[p] = is_unpacked<Type> ? product.room + p * unpacked_unit : w.panel(std::min(panel + p * step, last - 1));
+        data[p] = w.panel(std::min(panel + p * step, last - 1));
     for (int p = 0; p < P; ++p)  // arrive while the tile is computed
         for (int t = 0; t < N; ++t)
             __builtin_prefetch(product.output(token + t, panel + p * step), 1);
@@ -3397,33 +3352,18 @@ void multiply_tile(const Product& product, int panel, int step, int last, int to
         join_segments<N>(product, panel + p * step, token, std::min(N, product.tokens - token), chains[0][p][0], P * parts * N);
 }
 
-// What a wide tile reads.
-template <class Type>
-using Wide = std::conditional_t<std::is_same_v<Type, Q8> || std::is_same_v<Type, Q4>, Unpacked<Type>, Type>;
-
-// Many tokens. Unpacked panels: as many as stay in the second-level cache, each for all tokens, whose tile stays in the first
-// meanwhile. Panels as they are: each for as many tokens as stay in the second-level cache.
+// Many tokens: panels that stay in the second-level cache meet all tokens, or as many as stay in the third-level cache until the
+// next panels come.
 template <class Type>
 void multiply_many(const Product& product) {
-    using Tile = Wide<Type>;
-    constexpr int step = tile_panels;
-    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns),
-                      bytes = unpacked_bytes(step, product.w.columns);
-    constexpr bool unpacks = is_unpacked<Tile>;
-    const int panels = unpacks ? std::max(static_cast<int>(unpacked_at_once / bytes), 1) * step : step;
-    const int tokens = unpacks ? product.tokens : std::max(static_cast<int>((std::size_t{1} << 19) / tile_bytes), 4) * tile_tokens;
+    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns);
+    const int panels = std::max(static_cast<int>(panels_at_once / (tile_panels * product.w.panel_stride)), 1) * tile_panels,
+              tokens = std::max(static_cast<int>(tokens_at_once / tile_bytes), 4) * tile_tokens;
     for (int token = 0; token < product.tokens; token += tokens)
-        for (int first = product.first_panel; first < product.last_panel; first += panels) {
-            Product part = product;
-            const auto each = [&](auto f) {
-                part.room = product.room;
-                for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += step, part.room += bytes)
-                    f(panel);
-            };
-            if constexpr (unpacks) each([&](int panel) { unpack(Type{}, part, panel, part.room); });
+        for (int first = product.first_panel; first < product.last_panel; first += panels)
             for (int t = token; t < std::min(token + tokens, product.tokens); t += tile_tokens)
-                each([&](int panel) { multiply_tile<Tile, step, tile_tokens>(part, panel, 1, product.last_panel, t); });
-        }
+                for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += tile_panels)
+                    multiply_tile<Type, tile_panels, tile_tokens>(product, panel, 1, product.last_panel, t);
 }
 
 // N tokens times panels [first, last), which are cut into as many runs as a tile has panels: streams that are read side by side.
@@ -3824,12 +3764,15 @@ using namespace avx512;
 constexpr int tile_tokens = 16, tile_columns = 32;
 constexpr std::size_t tile_bytes = 1024, unit_of_tokens = 2 * 16 * (block_columns + 4);
 
+// No load or store moves across this: what the tile instructions read is unknown to the compiler.
+LLAMA3_INLINE void settle_memory() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileShapes {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {};
     std::uint8_t rows[16] = {};
     void load() const {
-        forget_loads();  // g++ 12 believes that the instruction reads 8 bytes
+        settle_memory();  // g++ 12 believes that the instruction reads 8 bytes
         _tile_loadconfig(this);
     }
     void set(int tile, int n_rows, int bytes) {
@@ -3941,7 +3884,7 @@ void multiply_blocks(const Product& product) {
         for (int panel = product.first_panel; panel < product.last_panel; ++panel) {
             const std::byte* w = product.w.panel(panel);
             if (product.w.format == Format::q4) unpack(product.w, panel, product.room), w = product.room;
-            forget_loads();  // the tile instructions read memory unknown to the compiler
+            settle_memory();
             for (int t = first; t < std::min(first + block, product.tokens); t += tile_tokens)
                 multiply_tile(product, panel, w, t);
         }
@@ -3970,13 +3913,13 @@ void multiply_pairs(const Product& product, int panel, int step, int token, int 
                 from[p] = data[p], data[p] += tile_bytes;
             }
             if (columns - c < tile_columns) {  // the matrix ends inside the tile: filled up with zeros
-                forget_loads();
+                settle_memory();
                 std::memset(rest, 0, sizeof rest);
                 for (int p = 0; p < P; ++p) {
                     std::memcpy(rest[p], from[p], static_cast<std::size_t>(columns - c + 1) / 2 * 64);
                     from[p] = rest[p];
                 }
-                forget_loads();
+                settle_memory();
             }
             _tile_loadd(4, x, 64);
             _tile_loadd(5, from[0], 64);
@@ -3993,7 +3936,7 @@ void multiply_pairs(const Product& product, int panel, int step, int token, int 
         _tile_stored(2, sums[s][2], 64);
         _tile_stored(3, sums[s][3], 64);
     }
-    forget_loads();
+    settle_memory();
     for (int p = 0; p < P && panel + p * step < product.last_panel; ++p)
         join_segments<16>(product, panel + p * step, token, tokens, sums[0][p], P * 16);
 }
@@ -4348,7 +4291,7 @@ struct CpuBuffers {
     float* turns;    // [T, 2, E] cos and sin of each row's position, -sin and cos
     float* scratch;  // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
-    std::byte* room;  // [threads, room_bytes] unpacked panels
+    std::byte* room;  // [threads, room_bytes]: a panel of q8 each
     std::size_t room_bytes;
 
     CpuBuffers(Arena& arena, const Config& c, int rows, int threads, int ranks) {

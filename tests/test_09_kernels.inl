@@ -86,11 +86,15 @@ TEST_SUITE("core: kernels") {
         CHECK(kernels_here().size() >= 1);
     }
 
-    TEST_CASE("panels that are unpacked a few at a time have the bits of the reference") {
-        for (Format format : {Format::q8, Format::q4}) {
-            const RandomMatrix w(format, 7 * panel_rows, 4096, 1, 9);
-            CHECK(d::unpacked_bytes(4, 4096) > d::unpacked_at_once);  // so each half takes several goes
-            for (const d::Kernels* kernels : kernels_here()) check_product(*kernels, w, 4 * kernels->tile_tokens[static_cast<std::size_t>(format)] + 1, false);
+    TEST_CASE("panels and tokens that are taken a part at a time have the bits of the reference") {
+        for (Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
+            const RandomMatrix tall(format, 30 * panel_rows, 4096, 1, 9), wide(format, panel_rows, 8192, 8, 10);
+            CHECK(15 * tall.matrix.panel_stride > 2 * d::panels_at_once);  // so each half takes several goes
+            for (const d::Kernels* kernels : kernels_here()) {
+                check_product(*kernels, tall, 4 * kernels->tile_tokens[static_cast<std::size_t>(format)] + 1, false);
+                const int many = static_cast<int>(d::tokens_at_once / d::packed_bytes(format, 8192)) + 20;
+                if (format == Format::f32 || format == Format::q8) check_product(*kernels, wide, many, true);
+            }
         }
     }
 
