@@ -2915,7 +2915,7 @@ LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
 LLAMA3_INLINE I high_nibbles(I x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
 LLAMA3_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
 #ifdef LLAMA3_VNNI
-constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 6, fetched_ahead = 4352;
+constexpr int signed_bias = 128, tile_tokens = 6, few_tokens = 4, fetched_ahead = 4352;
 LLAMA3_INLINE I dot_bytes(I sum, I unsigned_bytes, I signed_bytes) {
     return _mm256_dpbusd_avx_epi32(sum, unsigned_bytes, signed_bytes);
 }
@@ -3394,8 +3394,12 @@ void multiply_as(const Product& product) {
 
 void multiply(const Product& product) {
 #ifdef LLAMA3_BF16
-    if (product.w.format == Format::bf16) return multiply_as<BF16>(product);
-    return LLAMA3_LIKE::multiply(product);
+    if (product.w.format == Format::bf16) multiply_as<BF16>(product);
+    else LLAMA3_LIKE::multiply(product);
+#elif defined(LLAMA3_LIKE)
+    if (product.w.format == Format::q8) multiply_as<Q8>(product);
+    else if (product.w.format == Format::q4) multiply_as<Q4>(product);
+    else LLAMA3_LIKE::multiply(product);
 #else
     with_format(product.w.format, [&](auto type) { multiply_as<decltype(type)>(product); });
 #endif
@@ -3731,8 +3735,14 @@ void join(const Attention& a, int segment, float* joined, const float* mix) {
 
 #endif
 
+#ifdef LLAMA3_LIKE
+constexpr int float_tile_tokens = LLAMA3_LIKE::tile_tokens;
+#else
+constexpr int float_tile_tokens = tile_tokens;
+#endif
+
 const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
-                         {tile_tokens, tile_tokens, tile_tokens, tile_tokens},
+                         {float_tile_tokens, float_tile_tokens, tile_tokens, tile_tokens},
                          few_tokens,
                          own_bf16,
                          normalise,
