@@ -2558,7 +2558,7 @@ struct Product {
     std::size_t stride;
     bool add;  // out += instead of out =
     int first_panel, last_panel;
-    std::byte* room;  // of room_bytes(): a panel of q8
+    std::byte* room;  // of room_bytes()
     int streams = 1;  // runs of panels that a single token meets side by side: 1 or 4, whichever this processor reads faster
     float* output(int token, int panel) const { return out + static_cast<std::size_t>(token) * stride + panel * panel_rows; }
 };
@@ -2622,10 +2622,19 @@ inline std::size_t packed_bytes(Format format, int columns) {
 }
 
 constexpr int max_tile_tokens = 16;
-inline std::size_t room_bytes(int columns) {
-    return static_cast<std::size_t>(round_up(columns, 64)) / unit_columns(Format::q8) * unit_bytes(Format::q8);
+// Bytes of what a product of many tokens has in use: weights in the first level of caches, panels and chains in the second, tokens
+// in the third.
+constexpr std::size_t weights_at_once = 18 << 10, panels_at_once = 1 << 18, chains_at_once = 1 << 17, tokens_at_once = 6 << 20;
+inline std::size_t room_bytes(int columns) {  // chains and unpacked weights, or a panel of q8
+    return std::max(chains_at_once + weights_at_once,
+                    static_cast<std::size_t>(round_up(columns, 64)) / unit_columns(Format::q8) * unit_bytes(Format::q8));
 }
-constexpr std::size_t panels_at_once = 1 << 18, tokens_at_once = 6 << 20;  // bytes: parts of the second and third level of caches
+
+// n in parts of about the same size, at most `most`, but at least 1.
+inline int equal_parts(int n, int most) {
+    const int parts = (n + std::max(most, 1) - 1) / std::max(most, 1);
+    return (n + parts - 1) / parts;
+}
 
 // Head width as it is stored for values, and groups of channels that share a scale.
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
@@ -3193,19 +3202,39 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
     }
 }
 
+// Weights that were unpacked for many tokens: of bf16 the floats; of q8 and q4 per unit [16 groups of 4 columns][16 rows] of 4
+// bytes, as add_dot takes them, and [2 blocks][16 rows] float scales.
+template <class Type>
+struct Unpacked : Type {
+    static constexpr int vectors = 16;
+    static constexpr std::size_t bytes = Type::format == Format::f32 ? 64 : 64 * vectors + 128;  // of a unit
+};
+template <class Type>
+constexpr bool is_unpacked = false;
+template <class Type>
+constexpr bool is_unpacked<Unpacked<Type>> = true;
+
+// Bytes of a packed token that meet a unit.
+template <class Type>
+constexpr std::size_t packed_unit = Type::format == Format::f32    ? 4
+                                    : Type::format == Format::bf16 ? (own_bf16 ? 4 : 8)
+                                                                   : 2 * (block_columns + 8);
+
 // Fetches what one of P streams of weights reads soon. On their way are fetched_ahead bytes of all of them, twice as many where
 // several tokens meet them.
-template <int P, int N>
+template <class Type, int P, int N>
 LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
+    if constexpr (is_unpacked<Type>) return;
     LLAMA3_UNROLL
     for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead * (N > 1 ? 2 : 1) / P + line);
 }
 
 // One unit of P panels times N tokens, added to the chains sums[panel][part][token]; x moves on to the next unit.
-template <int P, int N>
-LLAMA3_INLINE void multiply_unit(F32, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
+template <int P, int N, class Type>
+    requires(Type::format == Format::f32)
+LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) fetch_ahead<P, N>(w[p], 64);
+    for (int p = 0; p < P; ++p) fetch_ahead<Type, P, N>(w[p], 64);
     LLAMA3_UNROLL
     for (int t = 0; t < N; ++t) {
         const F value = splat(load_as<float>(x + 4 * t));
@@ -3222,7 +3251,7 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
     I pairs[P][parts];
     LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) {
-        fetch_ahead<P, N>(w[p], 64);
+        fetch_ahead<BF16, P, N>(w[p], 64);
         LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) pairs[p][h] = load_bits(w[p] + h * lanes * 4);
     }
@@ -3257,18 +3286,27 @@ LLAMA3_INLINE I load_four(Q4, const std::byte* block, int v) {
     const I nibbles = load_bits(block + v / 2 * 64);
     return v % 2 ? high_nibbles(nibbles) : low_nibbles(nibbles);
 }
+template <class Type>
+LLAMA3_INLINE I load_four(Unpacked<Type>, const std::byte* block, int v) {
+    return load_bits(block + 64 * v);
+}
 
 template <class Type>
 LLAMA3_INLINE F load_scales(Type, const std::byte* unit, int block, int part) {
     return load_fp16(reinterpret_cast<const std::uint16_t*>(unit + 64 * Type::vectors + 32 * block) + part * lanes);
 }
+template <class Type>
+LLAMA3_INLINE F load_scales(Unpacked<Type>, const std::byte* unit, int block, int part) {
+    return load(reinterpret_cast<const float*>(unit + 64 * 16 + 64 * block) + part * lanes);
+}
+
 // Integer dot products of each block, then sums += dots * (scales of the weights and of the tokens).
 template <int P, int N, class Type>
 LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     constexpr std::size_t half = unit_bytes(Type::format) / 2;
     for (int block = 0; block < 2; ++block, x += 40 * N) {
         LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) fetch_ahead<P, N>(w[p] + half * static_cast<std::size_t>(block), half);
+        for (int p = 0; p < P; ++p) fetch_ahead<Type, P, N>(w[p] + half * static_cast<std::size_t>(block), half);
         I dots[P][parts][N];
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
@@ -3300,77 +3338,166 @@ LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::b
     }
 }
 
-// Joins the chains of a panel and N tokens, chains[segment * step + part * N + token], by the tree; stores the `tokens` from
-// `token` on, or adds them to what is there.
-template <int N>
-void join_segments(const Product& product, int panel, int token, int tokens, F* chains, int step) {
-    for (int n = product.w.segments; n > 1; n /= 2)
-        for (int s = 0; s < n / 2; ++s)
-            for (int i = 0; i < parts * N; ++i)
-                chains[s * step + i] = chains[2 * s * step + i] + chains[(2 * s + 1) * step + i];
+template <int P, int N>
+LLAMA3_INLINE void load_sums(F (&sums)[P][parts][N], const F* from) {  // nullptr: zeros
+    LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
+    for (int t = 0; t < N; ++t) sums[p][h][t] = from ? from[(p * parts + h) * N + t] : splat(0);
+}
+
+template <int P, int N>
+LLAMA3_INLINE void store_sums(const F (&sums)[P][parts][N], F* to) {
+    LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
+    for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
+    for (int t = 0; t < N; ++t) to[(p * parts + h) * N + t] = sums[p][h][t];
+}
+
+// Joins chains by the tree: the sums of segment s are added to those of the segments before it, two of a level to one of the next.
+// levels: [level, step], the last of which has the sum of all segments in the end.
+__attribute__((noinline)) void join_segment(int s, F* sums, int size, F* levels, int step) {
+    for (; s % 2 != 0; s /= 2, levels += step)
+        for (int i = 0; i < size; ++i) sums[i] = levels[i] + sums[i];
+    for (int i = 0; i < size; ++i) levels[i] = sums[i];
+}
+constexpr int last_level(int segments) { return std::bit_width(static_cast<unsigned>(segments)) - 1; }
+constexpr int join_levels = last_level(max_segments) + 1;
+
+// A tile's output arrives while the tile is computed.
+__attribute__((noinline)) void fetch_output(const Product& product, int panel, int token, int tokens) {
+    for (int t = 0; t < tokens; ++t) __builtin_prefetch(product.output(token + t, panel), 1);
+}
+
+// Stores the sums [part, together] of a panel and the `tokens` from `token` on, or adds them to what is there.
+__attribute__((noinline)) void put_out(const Product& product, int panel, int token, int tokens, const F* sums,
+                                       int together) {
     float* out = product.output(token, panel);
     for (int t = 0; t < tokens; ++t, out += product.stride)
         for (int h = 0; h < parts; ++h) {
-            const F sum = chains[h * N + t];
+            const F sum = sums[h * together + t];
             store(out + h * lanes, product.add ? load(out + h * lanes) + sum : sum);
         }
 }
 
-// A register tile: P panels, `step` apart, times the N tokens from `token` on. One chain per segment, joined by the tree. Panels
-// from `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the
-// code of narrower tiles would.
-template <class Type, int P, int N>
-void multiply_tile(const Product& product, int panel, int step, int last, int token) {
-    const Matrix& w = product.w;
-    const int units = w.units() / w.segments;
-    constexpr std::size_t unit = unit_bytes(Type::format);
-    const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Type::format, w.columns);
-    const std::byte* data[P];
-    for (int p = 0; p < P; ++p)
-        data[p] = w.panel(std::min(panel + p * step, last - 1));
-    for (int p = 0; p < P; ++p)  // arrive while the tile is computed
-        for (int t = 0; t < N; ++t)
-            __builtin_prefetch(product.output(token + t, panel + p * step), 1);
-    F chains[max_segments][P][parts][N];
-    for (int s = 0; s < w.segments; ++s) {
-        F sums[P][parts][N];
-        LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) sums[p][h][t] = splat(0);
-        for (int u = 0; u < units; ++u) {
-            multiply_unit<P, N>(Type{}, sums, data, x);
+template <class Type>
+void unpack(Type type, const std::byte* from, int units, std::byte* out) {
+    const std::size_t bytes = static_cast<std::size_t>(units) * unit_bytes(Type::format);
+    for (const std::byte* const end = from + bytes; from < end; from += unit_bytes(Type::format)) {
+        for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64)  // what is next arrives meanwhile
+            __builtin_prefetch(from + bytes + line, 0, 2);
+        if constexpr (Type::format == Format::bf16) {
             LLAMA3_UNROLL
-            for (int p = 0; p < P; ++p) data[p] += unit;
+            for (int h = 0; h < parts; ++h, out += lanes * 4) {
+                const I pairs = load_bits(from + h * lanes * 4);
+                store_bits(out, shift_left<16>(pairs));
+                store_bits(out + 64, and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
+            }
+            out += 64;
+        } else {
+            for (int block = 0; block < 2; ++block) LLAMA3_UNROLL
+            for (int h = 0; h < parts; ++h) {
+                LLAMA3_UNROLL
+                for (int v = 0; v < 8; ++v)
+                    store_bits(out + 512 * block + 64 * v + h * lanes * 4,
+                               load_four(type, from + 32 * Type::vectors * block + h * lanes * 4, v));
+                store(reinterpret_cast<float*>(out + 1024 + 64 * block) + h * lanes, load_scales(type, from, block, h));
+            }
+            out += Unpacked<Type>::bytes;
         }
-        LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) chains[s][p][h][t] = sums[p][h][t];
     }
-    for (int p = 0; p < P && panel + p * step < last; ++p)
-        join_segments<N>(product, panel + p * step, token, std::min(N, product.tokens - token), chains[0][p][0], P * parts * N);
 }
 
-// Many tokens: panels that stay in the second-level cache meet all tokens, or as many as stay in the third-level cache until the
-// next panels come.
+// P panels, `step` apart, times `tiles` register tiles of N tokens, from `token` on: one chain per segment, joined by the tree.
+// Where weights are read as Unpacked ones, so many units at a time meet all tokens as stay in the first-level cache. Panels from
+// `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the code of
+// narrower tiles would.
+template <class Type, class Read, int P, int N>
+void multiply_tiles(const Product& product, int panel, int step, int last, int token, int tiles) {
+    constexpr bool unpacks = is_unpacked<Read>;
+    constexpr int sums_size = P * parts * N, ratio = unit_columns(Type::format) / unit_columns(Read::format);
+    constexpr std::size_t unit = unpacks ? Unpacked<Read>::bytes : unit_bytes(Read::format);
+    const Matrix& w = product.w;
+    const int units = w.units() / w.segments, top = last_level(w.segments);
+    const int at_once = unpacks ? equal_parts(units, static_cast<int>(weights_at_once / (P * ratio * unit))) : units;
+    const std::size_t tile_bytes = N * packed_bytes(Type::format, w.columns);
+    const std::byte* panels[P];
+    for (int p = 0; p < P; ++p) panels[p] = w.panel(std::min(panel + p * step, last - 1));
+    const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Type::format, w.columns);
+    F* const chains = reinterpret_cast<F*>(product.room);  // [level, tiles, sums_size]
+    for (int s = 0; s < w.segments; ++s)
+        for (int u = 0, n; u < units; u += n) {
+            n = std::min(at_once, units - u);
+            const bool ends = !unpacks || u + n == units, is_last = ends && s + 1 == w.segments;
+            const std::byte* begin[P];
+            for (int p = 0; p < P; ++p) {
+                begin[p] = panels[p];
+                if constexpr (unpacks) {
+                    std::byte* const out = product.room + chains_at_once + static_cast<std::size_t>(p * n * ratio) * unit;
+                    unpack(Type{}, panels[p], n, out);
+                    begin[p] = out;
+                }
+                panels[p] += static_cast<std::size_t>(n) * unit_bytes(Type::format);
+            }
+            const std::byte* tile_x = x;
+            for (int tile = 0; tile < tiles; ++tile, tile_x += tile_bytes) {
+                const int first = token + tile * N;
+                F sums[P][parts][N], *const result = chains + (top * tiles + tile) * sums_size;
+                for (int p = 0; is_last && p < P; ++p) fetch_output(product, panel + p * step, first, N);
+                load_sums(sums, !unpacks || u == 0 ? nullptr : result);
+                const std::byte *from[P], *from_x = tile_x;
+                LLAMA3_UNROLL
+                for (int p = 0; p < P; ++p) from[p] = begin[p];
+                for (int i = 0; i < n * ratio; ++i) {
+                    if constexpr (unpacks) LLAMA3_UNROLL
+                    for (std::size_t line = 0; line < N * packed_unit<Read>; line += 64)
+                        __builtin_prefetch(from_x + tile_bytes + line);
+                    multiply_unit<P, N>(Read{}, sums, from, from_x);
+                    LLAMA3_UNROLL
+                    for (int p = 0; p < P; ++p) from[p] += unit;
+                }
+                store_sums(sums, result);
+                if (ends && top > 0) join_segment(s, result, sums_size, chains + tile * sums_size, tiles * sums_size);
+                for (int p = 0; is_last && p < P && panel + p * step < last; ++p)
+                    put_out(product, panel + p * step, first, std::min(N, product.tokens - first), result + p * parts * N, N);
+            }
+            x += static_cast<std::size_t>(n * ratio) * N * packed_unit<Read>;
+        }
+}
+
+// What many tokens read: unpacked weights, where that takes enough work off a tile.
+template <class Type>
+using Many = std::conditional_t<lanes == 16 && Type::format == Format::bf16 && !own_bf16, Unpacked<F32>,
+             std::conditional_t<(lanes == 16 && Type::format == Format::q8) || (lanes >= 8 && Type::format == Format::q4),
+                                Unpacked<Type>, Type>>;
+
+// Many tokens: panels that stay in the second-level cache meet all of them, or as many as stay in the third-level cache until the
+// next panels come, or as many as there is room for their chains.
 template <class Type>
 void multiply_many(const Product& product) {
-    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns);
-    const int panels = std::max(static_cast<int>(panels_at_once / (tile_panels * product.w.panel_stride)), 1) * tile_panels,
-              tokens = std::max(static_cast<int>(tokens_at_once / tile_bytes), 4) * tile_tokens;
-    for (int token = 0; token < product.tokens; token += tokens)
+    constexpr std::size_t chain_bytes = tile_panels * parts * tile_tokens * sizeof(F);
+    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns),
+                      levels = static_cast<std::size_t>(last_level(product.w.segments) + 1);
+    const int panels = std::max(static_cast<int>(panels_at_once / (tile_panels * product.w.panel_stride)), 1) * tile_panels;
+    const int tiles = (product.tokens + tile_tokens - 1) / tile_tokens,
+              cached = equal_parts(tiles, static_cast<int>(tokens_at_once / tile_bytes)),
+              at_once = equal_parts(cached, static_cast<int>(chains_at_once / (levels * chain_bytes)));
+    auto multiply = multiply_tiles<Type, Many<Type>, tile_panels, tile_tokens>;
+    if constexpr (Type::format != Format::q4)
+        if (tiles < 8) multiply = multiply_tiles<Type, Type, tile_panels, tile_tokens>;  // unpacking would not pay
+    for (int begin = 0; begin < tiles; begin += cached)
         for (int first = product.first_panel; first < product.last_panel; first += panels)
-            for (int t = token; t < std::min(token + tokens, product.tokens); t += tile_tokens)
+            for (int t = begin, end = std::min(begin + cached, tiles); t < end; t += at_once)
                 for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += tile_panels)
-                    multiply_tile<Type, tile_panels, tile_tokens>(product, panel, 1, product.last_panel, t);
+                    multiply(product, panel, 1, product.last_panel, t * tile_tokens, std::min(at_once, end - t));
 }
 
 // N tokens times panels [first, last), which are cut into as many runs as a tile has panels: streams that are read side by side.
 template <class Type, int streams, int N>
 void multiply_runs(const Product& product, int first, int last, int token) {
     const int run = (last - first + streams - 1) / streams;
-    for (int panel = first; panel < first + run; ++panel) multiply_tile<Type, streams, N>(product, panel, run, last, token);
+    for (int panel = first; panel < first + run; ++panel)
+        multiply_tiles<Type, Type, streams, N>(product, panel, run, last, token, 1);
 }
 
 // As many tokens as were packed together, from `token` on, times panels [first, last).
@@ -3855,7 +3982,7 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, int to
     alignas(64) std::byte dots[2][2 * tile_bytes];
     const int segments = product.w.segments, units = product.w.units() / segments;
     const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Format::q8, product.w.columns);
-    F chains[max_segments][tile_tokens];
+    F levels[join_levels][tile_tokens];
     begin_unit(x, w);
     finish_unit(dots[0]);
     for (int s = 0; s < segments; ++s) {
@@ -3877,10 +4004,12 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, int to
             }
             if (more) finish_unit(dots[(s * units + u + 1) % 2]);
         }
+        F* const result = levels[last_level(segments)];
         LLAMA3_UNROLL
-        for (int t = 0; t < tile_tokens; ++t) chains[s][t] = sums[t];
+        for (int t = 0; t < tile_tokens; ++t) result[t] = sums[t];
+        join_segment(s, result, tile_tokens, levels[0], tile_tokens);
     }
-    join_segments<tile_tokens>(product, panel, token, std::min(tile_tokens, product.tokens - token), chains[0], tile_tokens);
+    put_out(product, panel, token, std::min(tile_tokens, product.tokens - token), levels[last_level(segments)], tile_tokens);
 }
 
 void multiply_blocks(const Product& product) {
@@ -3906,7 +4035,7 @@ void multiply_pairs(const Product& product, int panel, int step, int token, int 
     constexpr int P = 4;
     const Matrix& w = product.w;
     const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Format::bf16, w.columns);
-    F sums[max_segments][P][16];
+    F levels[join_levels][P][16], (&sums)[P][16] = levels[last_level(w.segments)];
     alignas(64) std::byte rest[P][tile_bytes];
     const int columns = w.columns / w.segments;
     const std::byte* data[P];
@@ -3941,14 +4070,15 @@ void multiply_pairs(const Product& product, int panel, int step, int token, int 
             _tile_loadd(5, from[3], 64);
             _tile_dpbf16ps(3, 4, 5);
         }
-        _tile_stored(0, sums[s][0], 64);
-        _tile_stored(1, sums[s][1], 64);
-        _tile_stored(2, sums[s][2], 64);
-        _tile_stored(3, sums[s][3], 64);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(2, sums[2], 64);
+        _tile_stored(3, sums[3], 64);
+        settle_memory();
+        join_segment(s, sums[0], P * 16, levels[0][0], P * 16);
     }
-    settle_memory();
     for (int p = 0; p < P && panel + p * step < product.last_panel; ++p)
-        join_segments<16>(product, panel + p * step, token, tokens, sums[0][p], P * 16);
+        put_out(product, panel + p * step, token, tokens, sums[p], 16);
 }
 
 void multiply_bf16(const Product& product) {

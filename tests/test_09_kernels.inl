@@ -80,7 +80,10 @@ TEST_SUITE("core: kernels") {
                 for (const d::Kernels* kernels : kernels_here()) {
                     for (int tokens : {1, 2, 3, 4, 5, 6, 7, 8, 15, 31}) check_product(*kernels, w, tokens, tokens % 2 == 0);
                     const int tile = kernels->tile_tokens[static_cast<std::size_t>(format)];  // many tokens: whole tiles and a rest
-                    for (int rest = 0; rest < tile; rest += tile < 16 ? 1 : 5) check_product(*kernels, w, 4 * tile + rest, rest % 2 == 0);
+                    for (int rest = 0; rest < tile; rest += tile < 16 ? 1 : 5) {
+                        check_product(*kernels, w, 4 * tile + rest, rest % 2 == 0);
+                        check_product(*kernels, w, 12 * tile + rest, rest % 2 == 1);  // so many that weights are unpacked
+                    }
                 }
             }
         CHECK(kernels_here().size() >= 1);
@@ -91,7 +94,9 @@ TEST_SUITE("core: kernels") {
             const RandomMatrix tall(format, 30 * panel_rows, 4096, 1, 9), wide(format, panel_rows, 8192, 8, 10);
             CHECK(15 * tall.matrix.panel_stride > 2 * d::panels_at_once);  // so each half takes several goes
             for (const d::Kernels* kernels : kernels_here()) {
-                check_product(*kernels, tall, 4 * kernels->tile_tokens[static_cast<std::size_t>(format)] + 1, false);
+                const int tile = kernels->tile_tokens[static_cast<std::size_t>(format)];
+                check_product(*kernels, tall, 4 * tile + 1, false);
+                check_product(*kernels, wide, 9 * tile, false);  // weights that are unpacked
                 const int many = static_cast<int>(d::tokens_at_once / d::packed_bytes(format, 8192)) + 20;
                 if (format == Format::f32 || format == Format::q8) check_product(*kernels, wide, many, true);
             }
@@ -107,9 +112,9 @@ TEST_SUITE("core: kernels") {
         for (const RandomMatrix* w : {&q8, &q4})
             for (const d::Kernels* kernels : kernels_here()) {
                 std::vector<float> out(64), expected(16);
-                d::AlignedBuffer packed(d::packed_bytes(w->matrix.format, 64));
+                d::AlignedBuffer packed(d::packed_bytes(w->matrix.format, 64)), room(d::room_bytes(64));
                 kernels->pack(w->matrix.format, packed.data(), x.data(), 64, 1, 1, 64);
-                kernels->multiply({w->matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, nullptr});
+                kernels->multiply({w->matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, room.data()});
                 d::linear(expected.data(), w->matrix, x.data());
                 CHECK(same_bits(out.data(), expected.data(), 16));
             }
@@ -122,9 +127,9 @@ TEST_SUITE("core: kernels") {
                 for (const d::Kernels* kernels : kernels_here()) {
                     std::vector<float> x(64, 1.0f), out(64);
                     x[40] = bad;
-                    d::AlignedBuffer packed(d::packed_bytes(format, 64));
+                    d::AlignedBuffer packed(d::packed_bytes(format, 64)), room(d::room_bytes(64));
                     kernels->pack(format, packed.data(), x.data(), 64, 1, 1, 64);
-                    kernels->multiply({w.matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, nullptr});
+                    kernels->multiply({w.matrix, packed.data(), 1, 1, out.data(), 64, false, 0, 1, room.data()});
                     for (int r = 0; r < 16; ++r) CHECK(!(std::abs(out[static_cast<std::size_t>(r)]) < 1e30f));
                 }
         }
