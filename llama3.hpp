@@ -4431,7 +4431,7 @@ struct CpuBuffers {
     float* turns;    // [T, 2, E] cos and sin of each row's position, -sin and cos
     float* scratch;  // [threads, scratch_floats] rows of a thread's own
     std::size_t scratch_floats;
-    std::byte* room;  // [threads, room_bytes]: a panel of q8 each
+    std::byte* room;  // [threads, room_bytes]: what a product has in use
     std::size_t room_bytes;
 
     CpuBuffers(Arena& arena, const Config& c, int rows, int threads, int ranks) {

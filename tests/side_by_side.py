@@ -26,7 +26,7 @@ GGUF_TYPES = {"q8": gguf.GGMLQuantizationType.Q8_0, "q4": gguf.GGMLQuantizationT
 def random_blocks(kind, rows, columns, random):
     """Rows of a tensor as the bytes that the file holds, of deviation about 1 / sqrt(columns)."""
     if kind == "bf16":
-        values = (random.standard_normal((rows, columns), dtype=np.float32) / np.sqrt(columns)).view(np.uint32) >> 16
+        values = (random.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(columns))).view(np.uint32) >> 16
         return values.astype(np.uint16).view(np.uint8)
     block = 34 if kind == "q8" else 18
     data = random.integers(0, 256, (rows, columns // 32, block), dtype=np.uint8)
