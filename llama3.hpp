@@ -662,10 +662,12 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #include <cerrno>
 #include <cfloat>
 #include <chrono>
+#include <concepts>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <map>
 #include <new>
@@ -717,27 +719,39 @@ static_assert(FLT_EVAL_METHOD == 0, "llama3.hpp: floats must be rounded to float
 
 namespace llama3::detail {
 
-// Text of its parts, numbers among them.
-template <class... Parts>
-std::string to_text(const Parts&... parts) {
+// A piece of a text: characters that live elsewhere, or a number.
+class Part {
+public:
+    Part(std::string_view text) : text_(text) {}
+    Part(const std::string& text) : text_(text) {}
+    Part(const char* text) : text_(text) {}
+    template <std::integral Number>
+    Part(Number number) {
+        if constexpr (std::is_signed_v<Number>) write("%lld", static_cast<long long>(number));
+        else write("%llu", static_cast<unsigned long long>(number));
+    }
+    Part(float number) { write("%.7g", static_cast<double>(number)); }
+    std::string_view text() const { return digits_[0] ? digits_ : text_; }
+
+private:
+    template <class Number>
+    void write(const char* format, Number number) {
+        std::snprintf(digits_, sizeof digits_, format, number);
+    }
+    std::string_view text_;
+    char digits_[24] = {};
+};
+
+std::string to_text(std::initializer_list<Part> parts) {
     std::string text;
-    const auto add = [&](const auto& part) {
-        if constexpr (std::is_floating_point_v<std::decay_t<decltype(part)>>) {
-            char digits[32];
-            std::snprintf(digits, sizeof digits, "%.7g", static_cast<double>(part));
-            text += digits;
-        } else if constexpr (std::is_integral_v<std::decay_t<decltype(part)>>) text += std::to_string(part);
-        else text += part;
-    };
-    (add(parts), ...);
+    for (const Part& part : parts) text += part.text();
     return text;
 }
 
-// Every error of the library: `where: what is wrong (found X, expected Y). What to do.` X and Y may be numbers.
-template <class Found, class Expected>
-[[noreturn]] void fail(Code code, const std::string& where, const std::string& what, const Found& found, const Expected& expected,
-                       const std::string& to_do) {
-    throw Error(code, to_text(where, ": ", what, " (found ", found, ", expected ", expected, "). ", to_do, "."));
+// Every error of the library: `where: what is wrong (found X, expected Y). What to do.`
+[[noreturn]] void fail(Code code, std::string_view where, std::string_view what, const Part& found, const Part& expected,
+                       std::string_view to_do) {
+    throw Error(code, to_text({where, ": ", what, " (found ", found, ", expected ", expected, "). ", to_do, "."}));
 }
 
 // fma(a, b, c) = a b + c, rounded once. Where the processor may lack the instruction it is made of exact steps in double: the
@@ -1461,7 +1475,7 @@ struct Tokenizer::Impl {
 
     void check(const char* where, int id) const {
         if (id < 0 || id >= vocab_size)
-            detail::fail(Code::argument, where, "a token id is out of range", id, detail::to_text("0 to ", vocab_size - 1),
+            detail::fail(Code::argument, where, "a token id is out of range", id, detail::to_text({"0 to ", vocab_size - 1}),
                          "Use ids of this model's vocabulary");
     }
 
@@ -1536,7 +1550,7 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
                                                       std::span<const std::uint32_t> name_starts, std::string_view name_bytes,
                                                       int vocab_size, int begin_token, std::vector<int> end_tokens,
                                                       std::shared_ptr<const void> owner, const std::string& where) {
-    const auto refuse = [&](const char* what, const std::string& found, const std::string& expected) {
+    const auto refuse = [&](const char* what, const Part& found, const Part& expected) {
         fail(Code::format, where, what, found, expected, "Convert the model again");
     };
     const std::size_t n = rank_starts.size() - 1, m = special_ids.size();
@@ -1559,7 +1573,7 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
         for (int probes = 0; impl->slots[slot].rank != no_rank; slot = (slot + 1) & mask) {
             const Tokenizer::Impl::Slot other = impl->slots[slot];
             if (other.tag == static_cast<std::uint32_t>(hash >> 32) && impl->token(other.rank) == token)
-                refuse("two tokens are equal", to_text(other.rank, " and ", rank), "different bytes");
+                refuse("two tokens are equal", to_text({other.rank, " and ", rank}), "different bytes");
             if (++probes == 1000)  // half full, chance gives a run of some dozens
                 refuse("the tokens were chosen to collide", "1000 probes", "some dozens");
         }
@@ -1568,7 +1582,7 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
     for (unsigned byte = 0; byte < 256; ++byte) {
         const char text = static_cast<char>(byte);
         impl->byte_rank[byte] = impl->rank({&text, 1});
-        if (impl->byte_rank[byte] == no_rank) refuse("a single byte has no token", std::to_string(byte), "all 256");
+        if (impl->byte_rank[byte] == no_rank) refuse("a single byte has no token", byte, "all 256");
     }
 
     for (std::size_t i = 0; i < m; ++i) {
@@ -1581,7 +1595,7 @@ std::shared_ptr<const Tokenizer::Impl> make_tokenizer(std::span<const std::uint3
     std::sort(sorted.begin(), sorted.end(), [&](std::uint32_t a, std::uint32_t b) { return names[a] < names[b]; });
     for (std::size_t i = 1; i < m; ++i)
         if (names[sorted[i]] == names[sorted[i - 1]])
-            refuse("two special tokens have one name", std::string(names[sorted[i]]), "different names");
+            refuse("two special tokens have one name", names[sorted[i]], "different names");
 
     return impl;
 }
@@ -1597,7 +1611,7 @@ std::vector<int> Tokenizer::encode(std::string_view text, Special special) const
         text = repaired;
     }
     if (text.size() > 0x7FFFFFFFu)
-        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", detail::to_text(text.size(), " bytes"),
+        detail::fail(Code::argument, "Tokenizer::encode", "the text is too long", detail::to_text({text.size(), " bytes"}),
                      "less than 2 GiB", "Encode it in parts");
     std::vector<int> ids;
     ids.reserve(text.size() / 4 + 8);
@@ -1691,9 +1705,8 @@ struct Session::Impl {
 
 namespace detail {
 
-template <class T>
-void check_range(const char* name, T value, bool good, const std::string& expected) {
-    if (!good) fail(Code::argument, name, "the value is out of range", std::to_string(value), expected, "Choose another value");
+void check_range(const char* name, const Part& value, bool good, std::string_view expected) {
+    if (!good) fail(Code::argument, name, "the value is out of range", value, expected, "Choose another value");
 }
 
 std::unique_ptr<Backend> open_backend(Device& device, const Model& model, const Options& options);  // §13
@@ -1742,19 +1755,19 @@ void check_tokens(const Session::Impl& session, std::span<const int> tokens, con
     const int vocabulary = session.model.config().vocab_size;
     for (const int id : tokens)
         if (id < 0 || id >= vocabulary)
-            fail(Code::argument, where, "a token id is out of range", id, to_text("0 to ", vocabulary - 1),
+            fail(Code::argument, where, "a token id is out of range", id, to_text({"0 to ", vocabulary - 1}),
                  "Encode the text with this model's tokenizer");
     const std::size_t room = static_cast<std::size_t>(session.options.context) - session.tokens.size();
     if (tokens.size() > room)
-        fail(Code::context, where, to_text("the tokens do not fit into the context of ", session.options.context),
-             to_text(tokens.size(), " after ", session.tokens.size()), to_text("at most ", room),
+        fail(Code::context, where, to_text({"the tokens do not fit into the context of ", session.options.context}),
+             to_text({tokens.size(), " after ", session.tokens.size()}), to_text({"at most ", room}),
              "Feed fewer, rewind(), or set a larger Options::context");
 }
 
 [[noreturn]] void fail_cancelled(Session::Impl& session, const char* where) {
     session.cancel = false;
     fail(Code::cancelled, where, "the call was cancelled", "a cancel()", "none",
-         to_text("Call it again to go on from the ", session.tokens.size(), " tokens that the session holds"));
+         to_text({"Call it again to go on from the ", session.tokens.size(), " tokens that the session holds"}));
 }
 
 // Cannot fail, so that a session changes as a whole or not at all. `tokens` may be part of session.tokens, which stays put.
@@ -1840,13 +1853,13 @@ void Session::feed(std::span<const int> tokens, const std::function<void(int, st
 
 void Session::feed_together(std::span<Session* const> sessions, std::span<const int> tokens) {
     const char* where = "Session::feed_together";
-    const auto refuse = [&](const char* what, const std::string& found, const std::string& expected) {
+    const auto refuse = [&](const char* what, const detail::Part& found, const detail::Part& expected) {
         detail::fail(Code::argument, where, what, found, expected,
                      "Pass one token for each of several sessions with the same Options");
     };
     if (sessions.size() != tokens.size())
-        refuse("every session needs one token", detail::to_text(tokens.size(), " tokens"),
-               detail::to_text(sessions.size(), ", as there are sessions"));
+        refuse("every session needs one token", detail::to_text({tokens.size(), " tokens"}),
+               detail::to_text({sessions.size(), ", as there are sessions"}));
     std::vector<detail::InUse> in_use;
     std::vector<Impl*> impls;
     for (std::size_t i = 0; i < sessions.size(); ++i) {
@@ -1920,7 +1933,7 @@ float largest(std::span<const float> logits, const char* where) {
     float best = -std::numeric_limits<float>::infinity();
     for (const float logit : logits) best = logit > best ? logit : best;
     if (std::ranges::find(logits, best) == logits.end())
-        fail(Code::argument, where, "there is no logit that is a number", to_text(logits.size(), " others"), "some",
+        fail(Code::argument, where, "there is no logit that is a number", to_text({logits.size(), " others"}), "some",
              "Check the model: its weights may be damaged");
     return best;
 }
@@ -2090,7 +2103,7 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
         const bool go_on = !on_token || on_token({token, text, options.logits ? session.logits() : std::span<const float>()});
         if (session.position() != position)
             detail::fail(Code::argument, "generate", "the callback changed its session",
-                         detail::to_text(session.position(), " tokens"), position, "Change it between two calls");
+                         detail::to_text({session.position(), " tokens"}), position, "Change it between two calls");
         if (!full && !options.logits && session.impl_->drawn_on_device) detail::feed_on_device(*session.impl_, token);
         else if (!full && !feed({&token, 1})) return Finish::cancelled;
         if (end) return Finish::end_token;
@@ -2146,7 +2159,7 @@ std::vector<int> render_chat(const Tokenizer& tokenizer, ChatFormat format, std:
              "Use ChatStyle::Kind::hf with a model of Llama 3.1 or later, or write them into a message");
 
     std::vector<int> ids = {tokenizer.begin_token()};
-    const auto refuse = [&](const char* what, const std::string& found, const char* expected, const char* to_do) {
+    const auto refuse = [&](const char* what, const Part& found, const char* expected, const char* to_do) {
         fail(Code::argument, where, what, found, expected, to_do);
     };
     const auto special = [&](const char* name) {
@@ -2266,7 +2279,7 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
     }
     if (prompt.size() >= context)
         detail::fail(Code::context, "Chat::say", "the conversation does not fit into the context",
-                     detail::to_text(prompt.size(), " tokens"), detail::to_text("at most ", context - 1),
+                     detail::to_text({prompt.size(), " tokens"}), detail::to_text({"at most ", context - 1}),
                      "Shorten the message, or set a larger Options::context");
 
     const auto cached = session_.tokens();
@@ -4848,8 +4861,8 @@ Share share_of(const Config& config, const Weights& weights, int rank, int ranks
         std::string possible;
         for (int r = 1; r <= config.n_heads; ++r)
             if (detail::can_share(config, weights, r)) possible += (possible.empty() ? "" : ", ") + std::to_string(r);
-        const std::string what = detail::to_text("they cannot share ", config.n_heads, " query and ", config.n_kv_heads,
-                                                 " key/value heads of ", config.head_dim);
+        const std::string what = detail::to_text({"they cannot share ", config.n_heads, " query and ", config.n_kv_heads,
+                                                 " key/value heads of ", config.head_dim});
         detail::fail(Code::argument, "Options::ranks", what, ranks, possible, "Use one of these");
     }
     Share share{config, weights, rank, ranks};
@@ -4978,7 +4991,7 @@ public:
         }
         if (!(meeting & 1)) wait_for_change(g.meeting, meeting);
         if (g.meeting.load() >> 1 == meeting >> 1)
-            fail(Code::device, to_text("rank ", rank_), "another rank gave up", "its failure", "an answer",
+            fail(Code::device, to_text({"rank ", rank_}), "another rank gave up", "its failure", "an answer",
                  "See the error of that rank");
     }
     void abort() noexcept override {
@@ -5099,7 +5112,7 @@ std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr
 
 void check_in_step(const Communicator& communicator) {
     if (communicator.lost_step)
-        fail(Code::device, to_text("rank ", communicator.rank()), "the ranks have lost step", "an earlier failure", "none",
+        fail(Code::device, to_text({"rank ", communicator.rank()}), "the ranks have lost step", "an earlier failure", "none",
              "Let all ranks end: Communicator::abort()");
 }
 
@@ -5148,7 +5161,7 @@ public:
     LeadBackend(Device& device, const Model& model, const Options& options)
         : communicator_(options.communicator), vocabulary_(static_cast<std::size_t>(model.config().vocab_size)) {
         if (communicator_->rank() != 0)
-            fail(Code::argument, "Session", "this process is not the one that leads", to_text("rank ", communicator_->rank()),
+            fail(Code::argument, "Session", "this process is not the one that leads", to_text({"rank ", communicator_->rank()}),
                  "rank 0", "Call follow() here");
         std::string others;
         together({.kind = Kind::compare}, {}, [&] { others = ranks_that_differ(*communicator_, model); });
@@ -5283,7 +5296,7 @@ void follow(const Model& model, const Options& options) {
             if (message.size() >= sizeof command) std::memcpy(&command, message.data(), sizeof command);
             const std::size_t n_rows = command.kind == Kind::step ? static_cast<std::size_t>(command.count) : 0;
             if (message.size() != sizeof command + n_rows * sizeof(detail::CommandRow))
-                detail::fail(Code::device, "follow", "rank 0 said something else", detail::to_text(message.size(), " bytes"),
+                detail::fail(Code::device, "follow", "rank 0 said something else", detail::to_text({message.size(), " bytes"}),
                              "a command", "Run the same version of the program on all ranks");
             const auto backend = [&]() -> Backend& { return *backends.at(command.backend); };
             switch (command.kind) {
@@ -5352,7 +5365,7 @@ public:
         int length = 0;
         MPI_Get_library_version(version, &length);
         const std::string_view text(version, static_cast<std::size_t>(length));
-        return to_text(ranks_, " processes, MPI (", text.substr(0, text.find_first_of(",\n")), ")");
+        return to_text({ranks_, " processes, MPI (", text.substr(0, text.find_first_of(",\n")), ")"});
     }
     void all_reduce_sum(std::span<float> values) override {
         constexpr std::size_t most = 1 << 16;  // at a time: bounds the memory
@@ -5409,7 +5422,7 @@ private:
         int length = 0;
         MPI_Error_string(status, text, &length);
         lost_step = true;
-        fail(Code::device, to_text("rank ", rank_, ", ", call), "MPI failed",
+        fail(Code::device, to_text({"rank ", rank_, ", ", call}), "MPI failed",
              std::string(text, static_cast<std::size_t>(length)), "success", "See what happened to the other ranks");
     }
     // Starts a call and waits: for an answer as long as is allowed, for the next command (what: nullptr) as long as it takes, but
@@ -5433,8 +5446,8 @@ private:
             if (!what && waited > 0.2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
             if (!what || waited < timeout_seconds_) continue;
             lost_step = true;
-            fail(Code::device, to_text("rank ", rank_, ", ", what), "the other ranks do not answer",
-                 to_text("nothing for ", static_cast<float>(timeout_seconds_), " seconds"), "their part",
+            fail(Code::device, to_text({"rank ", rank_, ", ", what}), "the other ranks do not answer",
+                 to_text({"nothing for ", static_cast<float>(timeout_seconds_), " seconds"}), "their part",
                  "See whether they still run, or wait longer: mpi(timeout_seconds)");
         }
     }
@@ -5573,33 +5586,35 @@ struct Check {
     const char* to_do = convert_again;
     Code code = Code::format;
 
-    template <class Found, class Expected>
-    [[noreturn]] void bad(const std::string& what, const Found& found, const Expected& expected) const {
-        fail(code, where, what, to_text(found), to_text(expected), to_do);
+    [[noreturn]] void bad(std::string_view what, const Part& found, const Part& expected) const {
+        fail(code, where, what, found, expected, to_do);
     }
     template <class T>
-    void equal(const std::string& what, const char* problem, T found, T expected) const {
-        if (found != expected) bad(to_text(what, " ", problem), found, expected);
+    void equal(std::string_view what, const char* problem, T found, T expected) const {
+        if (found != expected) bad(to_text({what, " ", problem}), found, expected);
     }
     template <class T>
-    void range(const std::string& what, T value, T low, T high) const {
-        if (!(value >= low && value <= high)) bad(what + " is out of range", value, to_text(low, " to ", high));  // NaN is
+    void range(std::string_view what, T value, T low, T high) const {
+        if (!(value >= low && value <= high)) out_of_range(what, value, low, high);  // NaN is
     }
-    void zero(const std::string& what, Bytes bytes) const {
+    [[noreturn]] void out_of_range(std::string_view what, const Part& value, const Part& low, const Part& high) const {
+        bad(to_text({what, " is out of range"}), value, to_text({low, " to ", high}));
+    }
+    void zero(std::string_view what, Bytes bytes) const {
         for (const std::byte b : bytes)
-            if (b != std::byte{0}) bad(what + " should hold nothing", std::to_integer<int>(b), "zeros");
+            if (b != std::byte{0}) bad(to_text({what, " should hold nothing"}), std::to_integer<int>(b), "zeros");
     }
-    void sum(const std::string& what, Bytes bytes, std::uint64_t stated) const {
+    void sum(std::string_view what, Bytes bytes, std::uint64_t stated) const {
         const std::uint64_t computed = blake2b(bytes);
         char found[20], expected[20];
         std::snprintf(found, sizeof found, "%016llx", static_cast<unsigned long long>(computed));
         std::snprintf(expected, sizeof expected, "%016llx", static_cast<unsigned long long>(stated));
         if (computed != stated)
-            Check{where, copy_again, Code::checksum}.bad(what + " has changed since it was written", found, expected);
+            Check{where, copy_again, Code::checksum}.bad(to_text({what, " has changed since it was written"}), found, expected);
     }
-    [[noreturn]] void truncated(const std::string& part, std::size_t size, std::uint64_t expected) const {
-        Check{where, copy_again}.bad("the file is cut short: it ends in its " + part, to_text(size, " bytes"),
-                                     to_text("at least ", expected));
+    [[noreturn]] void truncated(std::string_view part, std::size_t size, std::uint64_t expected) const {
+        Check{where, copy_again}.bad(to_text({"the file is cut short: it ends in its ", part}), to_text({size, " bytes"}),
+                                     to_text({"at least ", expected}));
     }
 };
 
@@ -5618,15 +5633,15 @@ void check_config(const Check& check, const Config& c) {
     for (const auto& f : real_fields) check.range(f.name, c.*f.member, f.low, f.high);
     check.range("the chat format", static_cast<int>(c.chat_format), 0, 3);
     if (c.n_heads % c.n_kv_heads != 0)
-        check.bad("the key/value heads cannot be shared evenly", c.n_kv_heads, to_text("a divisor of ", c.n_heads));
+        check.bad("the key/value heads cannot be shared evenly", c.n_kv_heads, to_text({"a divisor of ", c.n_heads}));
     if (c.head_dim % 2 != 0) check.bad("the head width is odd", c.head_dim, "an even number");
 
     const float low = c.rope_low_freq_factor, high = c.rope_high_freq_factor;
     const int context = c.rope_original_context;
     if (c.rope_factor == 1 && (low != 1 || high != 1 || context != 0))
-        check.bad("the RoPE scaling is off (factor 1) but has parameters", to_text(low, ", ", high, ", ", context), "1, 1, 0");
+        check.bad("the RoPE scaling is off (factor 1) but has parameters", to_text({low, ", ", high, ", ", context}), "1, 1, 0");
     if (c.rope_factor != 1 && (low >= high || context == 0))
-        check.bad("the parameters of the RoPE scaling make no sense", to_text(low, ", ", high, ", ", context),
+        check.bad("the parameters of the RoPE scaling make no sense", to_text({low, ", ", high, ", ", context}),
                   "low < high, and a context");
 
     check.equal("attention_out", "has a wrong number of segments", c.attention_out_segments, out_segments(c));
@@ -5640,23 +5655,25 @@ void check_config(const Check& check, const Config& c) {
 // The tensors of a model, in the order of the file; format, place and checksum are left open.
 std::vector<TensorInfo> required_tensors(const Config& c) {
     std::vector<TensorInfo> list;
-    const auto add = [&](std::string name, int dimensions, int rows, int columns, int segments = 1) {
-        list.push_back({std::move(name), Format::f32, dimensions, rows, columns, segments, 0, 0, 0});
+    std::string layer;
+    const auto add = [&](const char* name, int dimensions, int rows, int columns, int segments = 1) {
+        list.push_back({layer + name, Format::f32, dimensions, rows, columns, segments, 0, 0, 0});
     };
     const int query_width = c.n_heads * c.head_dim, key_width = c.n_kv_heads * c.head_dim;
     add("embedding", 2, c.vocab_size, c.dim);
     for (int i = 0; i < c.n_layers; ++i) {
-        const std::string layer = to_text("layers.", i, ".");
-        add(layer + "attention_norm", 1, 1, c.dim);
-        add(layer + "query", 2, query_width, c.dim);
-        add(layer + "key", 2, key_width, c.dim);
-        add(layer + "value", 2, key_width, c.dim);
-        add(layer + "attention_out", 2, c.dim, query_width, c.attention_out_segments);
-        add(layer + "ffn_norm", 1, 1, c.dim);
-        add(layer + "gate", 2, c.ffn_dim, c.dim);
-        add(layer + "up", 2, c.ffn_dim, c.dim);
-        add(layer + "down", 2, c.dim, c.ffn_dim, c.down_segments);
+        layer = to_text({"layers.", i, "."});
+        add("attention_norm", 1, 1, c.dim);
+        add("query", 2, query_width, c.dim);
+        add("key", 2, key_width, c.dim);
+        add("value", 2, key_width, c.dim);
+        add("attention_out", 2, c.dim, query_width, c.attention_out_segments);
+        add("ffn_norm", 1, 1, c.dim);
+        add("gate", 2, c.ffn_dim, c.dim);
+        add("up", 2, c.ffn_dim, c.dim);
+        add("down", 2, c.dim, c.ffn_dim, c.down_segments);
     }
+    layer.clear();
     add("final_norm", 1, 1, c.dim);
     if (!c.tied_embedding) add("output", 2, c.vocab_size, c.dim);
     return list;
@@ -5705,8 +5722,8 @@ std::uint64_t read_header(const Check& check, Bytes image, std::array<Section, 4
         Section& s = sections[i];
         s = {load_as<std::uint64_t>(entry), load_as<std::uint64_t>(entry + 8), load_as<std::uint64_t>(entry + 16)};
         if (s.offset % 8 != 0 || s.offset > size || s.bytes > size - s.offset)
-            check.bad(to_text("the ", section_names[i], " has no place in the file"), to_text(s.bytes, " bytes at ", s.offset),
-                      to_text("a multiple of 8 and an end by ", size));
+            check.bad(to_text({"the ", section_names[i], " has no place in the file"}), to_text({s.bytes, " bytes at ", s.offset}),
+                      to_text({"a multiple of 8 and an end by ", size}));
         if (s.offset + s.bytes > image.size()) check.truncated(section_names[i], image.size(), size);
     }
     std::array<Section, 4> sorted = sections;
@@ -5740,8 +5757,8 @@ Tokenizer read_tokenizer(const Check& check, Bytes section, const Config& config
     std::size_t position = 0;
     const auto take = [&](std::uint64_t bytes, const char* what) {
         if (bytes > section.size() - position)
-            check.bad(to_text("the tokenizer ends in its ", what), to_text(section.size(), " bytes"),
-                      to_text("at least ", position + bytes));
+            check.bad(to_text({"the tokenizer ends in its ", what}), to_text({section.size(), " bytes"}),
+                      to_text({"at least ", position + bytes}));
         position += static_cast<std::size_t>(bytes);
         return section.data() + position - bytes;
     };
@@ -5751,7 +5768,7 @@ Tokenizer read_tokenizer(const Check& check, Bytes section, const Config& config
     };
     const auto ascending = [&](std::span<const std::uint32_t> list, std::uint64_t least, std::uint64_t high, const char* what) {
         for (const std::uint64_t number : list) {
-            if (number < least || number > high) check.range(what, number, least, high);  // which wants a string
+            check.range(what, number, least, high);
             least = number + 1;
         }
     };
@@ -5782,7 +5799,7 @@ std::string read_name(const Check& check, const std::byte* entry, std::size_t i)
     const std::string_view field(reinterpret_cast<const char*>(entry), name_bytes), name = field.substr(0, field.find('\0'));
     const bool printable = std::all_of(name.begin(), name.end(), [](char c) { return c > ' ' && c <= '~'; });
     if (name.empty() || name.size() == name_bytes || !printable || field.find_first_not_of('\0', name.size()) != field.npos)
-        check.bad(to_text("tensor ", i, " has a damaged name"), "other bytes", "1 to 39 characters, then zeros");
+        check.bad(to_text({"tensor ", i, " has a damaged name"}), "other bytes", "1 to 39 characters, then zeros");
     return std::string(name);
 }
 
@@ -5795,18 +5812,18 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
 
     std::vector<TensorInfo> tensors = required_tensors(config);
     for (std::size_t i = 0; i < std::max(count, tensors.size()); ++i) {
-        if (i == count) check.bad("tensor " + tensors[i].name + " is missing", to_text(count, " tensors"), tensors.size());
+        if (i == count) check.bad(to_text({"tensor ", tensors[i].name, " is missing"}), to_text({count, " tensors"}), tensors.size());
         const std::byte* entry = table.data() + 8 + entry_bytes * i;
         const std::string name = read_name(check, entry, i), tensor = "tensor " + name;
-        if (i == tensors.size()) check.bad(tensor + " is one too many", to_text(count, " tensors"), tensors.size());
+        if (i == tensors.size()) check.bad(to_text({tensor, " is one too many"}), to_text({count, " tensors"}), tensors.size());
         TensorInfo& t = tensors[i];
-        if (name != t.name) check.bad(to_text("tensor ", i, " is not the one that belongs there"), name, t.name);
+        if (name != t.name) check.bad(to_text({"tensor ", i, " is not the one that belongs there"}), name, t.name);
 
         const auto word = [&](std::size_t offset) { return load_as<std::uint32_t>(entry + offset); };
         const auto number = [&](std::size_t offset) { return load_as<std::uint64_t>(entry + offset); };
         const std::uint32_t format = word(40);  // read once: the file may change meanwhile
         if (format > (t.dimensions == 1 ? 0u : 3u))
-            check.bad(tensor + " has a wrong format", format, t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
+            check.bad(to_text({tensor, " has a wrong format"}), format, t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
         t.format = static_cast<Format>(format), t.offset = number(64), t.bytes = number(72), t.checksum = number(80);
         check.equal(tensor, "has a wrong number of dimensions", word(44), static_cast<std::uint32_t>(t.dimensions));
         check.equal(tensor, "has a wrong number of rows", number(48), static_cast<std::uint64_t>(t.rows));
@@ -5816,16 +5833,16 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
         check.equal(tensor, "has a wrong number of bytes", t.bytes, tensor_bytes(t));
         if (i > 0) check.equal(tensor, "is in the wrong place", t.offset, align(end, 64));
         if (i == 0 && (t.offset % 4096 != 0 || t.offset < end))
-            check.bad(tensor + " is in the wrong place", t.offset, to_text("a multiple of 4096, at least ", end));
+            check.bad(to_text({tensor, " is in the wrong place"}), t.offset, to_text({"a multiple of 4096, at least ", end}));
         if (t.offset > size || t.bytes > size - t.offset)
-            check.bad(tensor + " lies outside the file", to_text(t.bytes, " bytes at ", t.offset), to_text("an end by ", size));
+            check.bad(to_text({tensor, " lies outside the file"}), to_text({t.bytes, " bytes at ", t.offset}), to_text({"an end by ", size}));
         end = t.offset + t.bytes;
     }
     check.equal("the size of the file", "is not where its last tensor ends", size, end);
     for (std::size_t i = 1; i < tensors.size(); ++i)  // these meet the same packed activations, so they share a format
         for (const std::string_view part : {".key", ".value", ".up"})
             if (tensors[i].name.ends_with(part) && tensors[i].format != tensors[i - 1].format)
-                check.bad("tensor " + tensors[i].name + " has another format than " + tensors[i - 1].name,
+                check.bad(to_text({"tensor ", tensors[i].name, " has another format than ", tensors[i - 1].name}),
                           format_name(tensors[i].format), format_name(tensors[i - 1].format));
     return tensors;
 }
@@ -5898,8 +5915,8 @@ Vocabulary synthetic_vocabulary(int vocab_size) {
                                      "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
                                      "python_tag", "image"};
     for (int i = 0; ranks + i < vocab_size; ++i) {
-        const std::string name = i < 12 ? names[i] : to_text("reserved_special_token_", i - 10);
-        v.specials.emplace_back(ranks + i, to_text("<|", name, "|>"));
+        const std::string name = i < 12 ? names[i] : to_text({"reserved_special_token_", i - 10});
+        v.specials.emplace_back(ranks + i, to_text({"<|", name, "|>"}));
     }
     return v;
 }
@@ -6061,7 +6078,7 @@ Model Model::load(const std::string& path, Loading loading) {
 Model Model::from_memory(std::span<const std::byte> image, std::shared_ptr<const void> owner) {
     const detail::Check check{"model in memory", "Copy it into memory from std::aligned_alloc or the like", Code::argument};
     const auto past = reinterpret_cast<std::uintptr_t>(image.data()) % 64;
-    if (past != 0) check.bad("the image is not aligned", detail::to_text(past, " bytes past"), "a multiple of 64");
+    if (past != 0) check.bad("the image is not aligned", detail::to_text({past, " bytes past"}), "a multiple of 64");
     return Model(detail::open_model("model in memory", {image, std::move(owner)}));
 }
 
@@ -6092,14 +6109,14 @@ std::string Model::describe() const {
     }
     const auto millions = [](std::uint64_t n) { return static_cast<float>(n) / 1e6f; };
     std::string text =
-        detail::to_text(impl_->name, ": ", millions(parameters), " million parameters, ", c.n_layers, " layers\nwidth ", c.dim,
+        detail::to_text({impl_->name, ": ", millions(parameters), " million parameters, ", c.n_layers, " layers\nwidth ", c.dim,
                         ", feed-forward ", c.ffn_dim, ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ",
                         c.head_dim, ", vocabulary ", c.vocab_size, c.tied_embedding ? ", tied embedding" : "", "\ncontext ",
                         c.context_length, ", RoPE theta ", c.rope_theta, ", scaling ",
-                        c.rope_factor == 1 ? "none" : detail::to_text(c.rope_factor, " beyond ", c.rope_original_context),
-                        ", chat format ", chat_formats[static_cast<std::size_t>(c.chat_format)], "\nweights");
+                        c.rope_factor == 1 ? "none" : detail::to_text({c.rope_factor, " beyond ", c.rope_original_context}),
+                        ", chat format ", chat_formats[static_cast<std::size_t>(c.chat_format)], "\nweights"});
     for (std::size_t i = 0; i < 4; ++i)
-        if (bytes[i]) text += detail::to_text(" ", format_name(static_cast<Format>(i)), " ", millions(bytes[i]), " MB");
+        if (bytes[i]) text += detail::to_text({" ", format_name(static_cast<Format>(i)), " ", millions(bytes[i]), " MB"});
     return text + "\n";
 }
 
@@ -6110,7 +6127,7 @@ void Model::verify() const {
     check.sum("the header", m.image.first(120), detail::load_as<std::uint64_t>(m.image.data() + 120));
     std::uint64_t end = m.tensors[0].offset;
     for (std::size_t i = 0; i < m.sections.size(); ++i)
-        check.sum(detail::to_text("the ", detail::section_names[i]), detail::section_of(m.image, m.sections[i]),
+        check.sum(detail::to_text({"the ", detail::section_names[i]}), detail::section_of(m.image, m.sections[i]),
                   m.sections[i].checksum);
     for (const TensorInfo& t : m.tensors) {
         check.zero("the gap before tensor " + t.name, detail::section_of(m.image, {end, t.offset - end, 0}));
@@ -6187,7 +6204,7 @@ AlignedBuffer::AlignedBuffer(std::size_t bytes, [[maybe_unused]] bool dense) {
 #endif
     }
     if (!memory)
-        fail(Code::memory, "memory", "the system has not enough", "less", to_text(bytes, " bytes"),
+        fail(Code::memory, "memory", "the system has not enough", "less", to_text({bytes, " bytes"}),
              "Choose a smaller context or cache format, or a smaller model");
     data_ = {static_cast<std::byte*>(memory), Free{bytes}};
 }
@@ -6295,7 +6312,7 @@ Image read_file(const std::string& path) {
         const std::int64_t n = file.read(buffer.data() + done, buffer.size() - done);
         if (n < 0) fail_file(path, "the file cannot be read", system_error());
         if (n == 0)
-            fail_file(path, "the file became shorter while it was read", to_text(done, " of ", buffer.size(), " bytes"),
+            fail_file(path, "the file became shorter while it was read", to_text({done, " of ", buffer.size(), " bytes"}),
                       "Try again");
         done += static_cast<std::size_t>(n);
     }
