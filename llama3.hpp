@@ -1960,8 +1960,8 @@ bool more_likely(const Candidate& a, const Candidate& b) {
 // Keeps the candidates before which, in order of probability, at most `limit` of the measure has been passed: with measure 1
 // and limit k - 1 the best k, with the probability as measure the nucleus. Most of the order is found by counting: candidates
 // are thrown into bins by their leading bits, 16 to the octave, and only the bin where the limit is passed is sorted.
-template <class Measure>
-void keep_best(std::vector<Candidate>& candidates, double limit, const Measure& measure) {
+void keep_best(std::vector<Candidate>& candidates, double limit, bool counts) {
+    const auto measure = [&](float probability) { return counts ? 1.0 : static_cast<double>(probability); };
     const auto bin_of = [](const Candidate& c) { return std::bit_cast<std::uint32_t>(c.first) >> 19; };  // 1.0 is in bin 2032
     std::array<double, 2048> bins{};
     for (const Candidate& c : candidates) bins[bin_of(c)] += measure(c.first);
@@ -1993,12 +1993,12 @@ int draw_token(std::span<const float> logits, const Sampling& s, std::uint64_t r
         const float p = relative_probability(logits[i], best, s.temperature);
         if (p > 0) candidates.emplace_back(p, static_cast<int>(i));
     }
-    if (s.top_k > 0) keep_best(candidates, s.top_k - 1, [](float) { return 1.0; });
+    if (s.top_k > 0) keep_best(candidates, s.top_k - 1, true);
     if (s.top_p < 1) {
         float lanes[16] = {};
         for (const auto& [p, id] : candidates) lanes[id % 16] += p;
         const double limit = static_cast<double>(s.top_p) * static_cast<double>(sum_lanes(lanes));
-        keep_best(candidates, limit, [](float p) { return static_cast<double>(p); });
+        keep_best(candidates, limit, false);
     }
     if (s.min_p > 0) std::erase_if(candidates, [&](const auto& c) { return c.first < s.min_p; });
 
@@ -2606,6 +2606,12 @@ struct Attention {
     }
 };
 
+// n in parts of about the same size, at most `most`, but at least 1.
+inline int equal_parts(int n, int most) {
+    const int parts = (n + std::max(most, 1) - 1) / std::max(most, 1);
+    return (n + parts - 1) / parts;
+}
+
 struct Kernels {
     const char* name;
     std::array<int, 4> tile_tokens;  // in a tile where there are many, for weights of each format
@@ -2613,10 +2619,11 @@ struct Kernels {
     bool own_bf16;                   // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
     void (*rope)(float* x, const float* turns, int head_dim);  // turns: [2][E/2][2]
-    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
+    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size, for which there is
+    // code up to 4 and of 6 and 8.
     int tokens_together(Format format, int tokens) const {
-        const int tile = tile_tokens[static_cast<std::size_t>(format)], tiles = (tokens + few_tokens - 1) / few_tokens;
-        return tokens < 4 * tile ? (tokens + tiles - 1) / tiles : tile;
+        const int tile = tile_tokens[static_cast<std::size_t>(format)], few = equal_parts(tokens, few_tokens);
+        return tokens >= 4 * tile ? tile : few > 4 ? few + few % 2 : few;
     }
     // x: [tokens, stride], at most `together` of them; what is missing is zero
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
@@ -2643,13 +2650,8 @@ inline std::size_t room_bytes(int columns) {  // chains and unpacked weights, or
                     static_cast<std::size_t>(round_up(columns, 64)) / unit_columns(Format::q8) * unit_bytes(Format::q8));
 }
 
-// n in parts of about the same size, at most `most`, but at least 1.
-inline int equal_parts(int n, int most) {
-    const int parts = (n + std::max(most, 1) - 1) / std::max(most, 1);
-    return (n + parts - 1) / parts;
-}
-
-// Head width as it is stored for values, and groups of channels that share a scale.
+// Bytes of an element of the cache, head width as it is stored for values, and groups of channels that share a scale.
+constexpr std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
 inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
 inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / block_columns; }
 
@@ -3041,6 +3043,7 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2
 #endif
 #else
 constexpr int tile_tokens = 2, few_tokens = 2;
+#define LLAMA3_PLAIN 1
 __attribute__((noinline)) static F fma(F a, F b, F c) {
     F y;
     for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
@@ -3517,7 +3520,7 @@ void multiply_runs(const Product& product, int first, int last, int token) {
 template <class Type, int N>
 void multiply_few(const Product& product, int first, int last, int token) {
     if constexpr (N > 1)
-        if (product.together < N) return multiply_few<Type, N - 1>(product, first, last, token);
+        if (product.together < N) return multiply_few<Type, N - (N > 4 ? 2 : 1)>(product, first, last, token);
     if constexpr (lanes >= 8 && N == 1)
         if (product.streams == 4) return multiply_runs<Type, 4, 1>(product, first, last, token);
     multiply_runs<Type, 1, N>(product, first, last, token);
@@ -3641,7 +3644,7 @@ void add_products(const HeadProducts& p, int n) {
 }
 
 // row[j] *= scale, j < count, and -∞ up to a multiple of 16; returns the largest.
-LLAMA3_INLINE float scale_scores(float* row, int count, float scale) {
+__attribute__((noinline)) float scale_scores(float* row, int count, float scale) {
     F most = splat(-std::numeric_limits<float>::infinity());
     for (int j = count; j % 16 != 0; ++j) row[j] = -std::numeric_limits<float>::infinity();
     for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
@@ -3658,7 +3661,7 @@ LLAMA3_INLINE float scale_scores(float* row, int count, float scale) {
 }
 
 // row[j] = e^(row[j] - largest), none of which is above 1; returns their sum, over 16 lanes.
-LLAMA3_INLINE float exponentiate(float* row, int count, float largest) {
+__attribute__((noinline)) float exponentiate(float* row, int count, float largest) {
     F sums[parts];
     for (int h = 0; h < parts; ++h) sums[h] = splat(0);
     for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
@@ -3673,13 +3676,15 @@ LLAMA3_INLINE float exponentiate(float* row, int count, float largest) {
 }
 
 // One segment (§5, attend_reference): all scores, then the softmax, then the mix.
-template <Format kv>
 void attend_segment(const Attention& a, int segment, float* mix) {
     const CacheView& cache = a.cache;
     const std::size_t width = static_cast<std::size_t>(cache.head_dim),
                       mix_width = static_cast<std::size_t>(attention_width(cache.head_dim)),
-                      padded = static_cast<std::size_t>(padded_width(cache.head_dim));
-    constexpr std::size_t element = kv == Format::f32 ? 4 : kv == Format::bf16 ? 2 : 1;
+                      padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
+                      element = element_bytes(cache.format);
+    const auto decode = cache.format == Format::f32    ? decode_chunk<Format::f32>
+                        : cache.format == Format::bf16 ? decode_chunk<Format::bf16>
+                                                       : decode_chunk<Format::q8>;
     const int queries = a.queries(), count = a.seen(queries - 1, segment);
     int begin = 0;
     while (a.seen(begin, segment) == 0) begin += a.n_queries;
@@ -3694,7 +3699,7 @@ void attend_segment(const Attention& a, int segment, float* mix) {
                         row(packed, static_cast<int>(e) / attention_segment * queries + q));
     for (int j = 0; j < count; j += attention_chunk) {
         const std::size_t position = static_cast<std::size_t>(j);
-        decode_chunk<kv>(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
+        decode(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
         for (int q = begin, n; q < queries; q += n) {
             n = std::min(queries - q, attention_heads);
             for (int i = 0; i < std::min(a.seen(q + n - 1, segment) - j, attention_chunk); i += attention_step)
@@ -3717,7 +3722,7 @@ void attend_segment(const Attention& a, int segment, float* mix) {
     for (int j = 0; j < count; j += attention_chunk) {
         const std::size_t position = static_cast<std::size_t>(j);
         const int here = std::min(count - j, attention_chunk);
-        decode_chunk<kv>(cache, false, j, here, vectors);
+        decode(cache, false, j, here, vectors);
         for (std::size_t c = 0; c < mix_width; c += attention_step)
             for (int q = begin, n; q < queries; q += n) {
                 n = std::min(queries - q, attention_heads);
@@ -3744,13 +3749,19 @@ void attend_segment(const Attention& a, int segment, float* mix) {
 }
 
 constexpr int most_row_width = 256;  // of a head
+#ifdef LLAMA3_PLAIN  // where fma takes the time, reading the cache twice does not show
+#undef LLAMA3_PLAIN
+constexpr bool reads_rows = false;
+#else
+constexpr bool reads_rows = true;
+#endif
 
 // The same for a single row, whose few heads use every key and value once: these go from the cache straight into registers, keys
 // from several places of memory at once (see multiply_few).
 template <Format kv>
 void attend_row(const Attention& a, int segment, float* mix) {
     constexpr int heads = 4, vectors = lanes == 16 ? 4 : 2, block = 32, most_groups = most_row_width / block_columns;
-    constexpr std::size_t element = kv == Format::f32 ? 4 : kv == Format::bf16 ? 2 : 1, ahead = 1024;  // bytes
+    constexpr std::size_t element = element_bytes(kv), ahead = 1024;  // bytes
     const CacheView& cache = a.cache;
     const std::size_t width = static_cast<std::size_t>(cache.head_dim), groups = width / block_columns;
     const int count = a.seen(0, segment), tiles = (count + 15) / 16, run = (tiles + vectors - 1) / vectors;
@@ -3833,16 +3844,14 @@ void attend_row(const Attention& a, int segment, float* mix) {
     }
 }
 
-template <Format kv>
-void attend_as(const Attention& a, int segment, float* mix) {
-    if (a.n_rows == 1 && a.cache.head_dim % 64 == 0 && a.cache.head_dim <= most_row_width) attend_row<kv>(a, segment, mix);
-    else attend_segment<kv>(a, segment, mix);
-}
-
 void attend(const Attention& a, int segment, float* mix) {
-    if (a.cache.format == Format::f32) attend_as<Format::f32>(a, segment, mix);
-    else if (a.cache.format == Format::bf16) attend_as<Format::bf16>(a, segment, mix);
-    else attend_as<Format::q8>(a, segment, mix);
+    if constexpr (reads_rows)
+        if (a.n_rows == 1 && a.cache.head_dim % 64 == 0 && a.cache.head_dim <= most_row_width) {
+            if (a.cache.format == Format::f32) return attend_row<Format::f32>(a, segment, mix);
+            if (a.cache.format == Format::bf16) return attend_row<Format::bf16>(a, segment, mix);
+            return attend_row<Format::q8>(a, segment, mix);
+        }
+    attend_segment(a, segment, mix);
 }
 
 // §5, attend_reference: the running softmax over segments.
@@ -4402,7 +4411,6 @@ public:
     }
 
 private:
-    static std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
     static std::size_t position_bytes(const Config& config, Format format) {  // of one head
         return element_bytes(format) * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) +
                (format == Format::q8 ? 4 * static_cast<std::size_t>(scale_groups(config.head_dim)) : 0);
