@@ -662,8 +662,8 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #include <cerrno>
 #include <cfloat>
 #include <chrono>
-#include <concepts>
 #include <cmath>
+#include <concepts>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -2619,11 +2619,10 @@ struct Kernels {
     bool own_bf16;                   // bf16 products by an instruction with its own rounding
     void (*normalise)(float* out, const float* x, const float* weight, int n, float eps);  // RMSNorm
     void (*rope)(float* x, const float* turns, int head_dim);  // turns: [2][E/2][2]
-    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size, for which there is
-    // code up to 4 and of 6 and 8.
+    // Tokens that pack() puts side by side: full tiles where there are many, else tiles of about the same size.
     int tokens_together(Format format, int tokens) const {
         const int tile = tile_tokens[static_cast<std::size_t>(format)], few = equal_parts(tokens, few_tokens);
-        return tokens >= 4 * tile ? tile : few > 4 ? few + few % 2 : few;
+        return tokens < 4 * tile ? few : tile;
     }
     // x: [tokens, stride], at most `together` of them; what is missing is zero
     void (*pack)(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns);
@@ -3230,7 +3229,11 @@ constexpr bool is_unpacked = false;
 template <class Type>
 constexpr bool is_unpacked<Unpacked<Type>> = true;
 
-// Bytes of a packed token that meet a unit.
+// Bytes of a unit, and of a packed token that meet it.
+template <class Type>
+constexpr std::size_t read_bytes = unit_bytes(Type::format);
+template <class Type>
+constexpr std::size_t read_bytes<Unpacked<Type>> = Unpacked<Type>::bytes;
 template <class Type>
 constexpr std::size_t packed_unit = Type::format == Format::f32    ? 4
                                     : Type::format == Format::bf16 ? (own_bf16 ? 4 : 8)
@@ -3354,50 +3357,34 @@ LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::b
     }
 }
 
-template <int P, int N>
-LLAMA3_INLINE void load_sums(F (&sums)[P][parts][N], const F* from) {  // nullptr: zeros
+// A register tile, P panels times N tokens: the sums [panel][part][token] of `units` units, begun at 0 or where they stand. Where
+// weights are read as Unpacked ones, the packed columns of the next tile, `next` bytes on, are fetched meanwhile.
+template <class Read, int P, int N>
+void multiply_tile(F* result, bool fresh, const std::byte* const* w, const std::byte* x, int units, std::size_t next) {
+    F sums[P][parts][N];
+    const std::byte* from[P];
+    LLAMA3_UNROLL
+    for (int p = 0; p < P; ++p) {
+        from[p] = w[p];
+        LLAMA3_UNROLL
+        for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
+        for (int t = 0; t < N; ++t) sums[p][h][t] = fresh ? splat(0) : result[(p * parts + h) * N + t];
+    }
+    for (int i = 0; i < units; ++i) {
+        if constexpr (is_unpacked<Read>) LLAMA3_UNROLL
+        for (std::size_t line = 0; line < N * packed_unit<Read>; line += 64) __builtin_prefetch(x + next + line);
+        multiply_unit<P, N>(Read{}, sums, from, x);
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) from[p] += read_bytes<Read>;
+    }
     LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) LLAMA3_UNROLL
     for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-    for (int t = 0; t < N; ++t) sums[p][h][t] = from ? from[(p * parts + h) * N + t] : splat(0);
-}
-
-template <int P, int N>
-LLAMA3_INLINE void store_sums(const F (&sums)[P][parts][N], F* to) {
-    LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-    for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-    for (int t = 0; t < N; ++t) to[(p * parts + h) * N + t] = sums[p][h][t];
-}
-
-// Joins chains by the tree: the sums of segment s are added to those of the segments before it, two of a level to one of the next.
-// levels: [level, step], the last of which has the sum of all segments in the end.
-__attribute__((noinline)) void join_segment(int s, F* sums, int size, F* levels, int step) {
-    for (; s % 2 != 0; s /= 2, levels += step)
-        for (int i = 0; i < size; ++i) sums[i] = levels[i] + sums[i];
-    for (int i = 0; i < size; ++i) levels[i] = sums[i];
-}
-constexpr int last_level(int segments) { return std::bit_width(static_cast<unsigned>(segments)) - 1; }
-constexpr int join_levels = last_level(max_segments) + 1;
-
-// A tile's output arrives while the tile is computed.
-__attribute__((noinline)) void fetch_output(const Product& product, int panel, int token, int tokens) {
-    for (int t = 0; t < tokens; ++t) __builtin_prefetch(product.output(token + t, panel), 1);
-}
-
-// Stores the sums [part, together] of a panel and the `tokens` from `token` on, or adds them to what is there.
-__attribute__((noinline)) void put_out(const Product& product, int panel, int token, int tokens, const F* sums,
-                                       int together) {
-    float* out = product.output(token, panel);
-    for (int t = 0; t < tokens; ++t, out += product.stride)
-        for (int h = 0; h < parts; ++h) {
-            const F sum = sums[h * together + t];
-            store(out + h * lanes, product.add ? load(out + h * lanes) + sum : sum);
-        }
+    for (int t = 0; t < N; ++t) result[(p * parts + h) * N + t] = sums[p][h][t];
 }
 
 template <class Type>
-void unpack(Type type, const std::byte* from, int units, std::byte* out) {
+void unpack(const std::byte* from, int units, std::byte* out) {
     const std::size_t bytes = static_cast<std::size_t>(units) * unit_bytes(Type::format);
     for (const std::byte* const end = from + bytes; from < end; from += unit_bytes(Type::format)) {
         for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64)  // what is next arrives meanwhile
@@ -3416,70 +3403,122 @@ void unpack(Type type, const std::byte* from, int units, std::byte* out) {
                 LLAMA3_UNROLL
                 for (int v = 0; v < 8; ++v)
                     store_bits(out + 512 * block + 64 * v + h * lanes * 4,
-                               load_four(type, from + 32 * Type::vectors * block + h * lanes * 4, v));
-                store(reinterpret_cast<float*>(out + 1024 + 64 * block) + h * lanes, load_scales(type, from, block, h));
+                               load_four(Type{}, from + 32 * Type::vectors * block + h * lanes * 4, v));
+                store(reinterpret_cast<float*>(out + 1024 + 64 * block) + h * lanes, load_scales(Type{}, from, block, h));
             }
             out += Unpacked<Type>::bytes;
         }
     }
 }
 
-// P panels, `step` apart, times `tiles` register tiles of N tokens, from `token` on: one chain per segment, joined by the tree.
-// Where weights are read as Unpacked ones, so many units at a time meet all tokens as stay in the first-level cache. Panels from
-// `last` on give no output: where the panels do not fill the tile, it reads the last one again, which costs less than the code of
-// narrower tiles would.
-template <class Type, class Read, int P, int N>
-void multiply_tiles(const Product& product, int panel, int step, int last, int token, int tiles) {
-    constexpr bool unpacks = is_unpacked<Read>;
-    constexpr int sums_size = P * parts * N, ratio = unit_columns(Type::format) / unit_columns(Read::format);
-    constexpr std::size_t unit = unpacks ? Unpacked<Read>::bytes : unit_bytes(Read::format);
+#ifdef LLAMA3_LIKE
+using LLAMA3_LIKE::most_panels, LLAMA3_LIKE::multiply_few, LLAMA3_LIKE::multiply_many, LLAMA3_LIKE::Tile;
+#else
+// One multiply_tile, for code that walks over panels and tokens and is the same for all of them.
+struct Tile {
+    int panels, tokens;                   // P, N
+    int units;                            // that are read of each that is stored
+    std::size_t unit_bytes, token_bytes;  // of a unit that is read, and of a packed token that meets it
+    void (*multiply)(F* result, bool fresh, const std::byte* const* w, const std::byte* x, int units, std::size_t next);
+    void (*unpack)(const std::byte* from, int units, std::byte* out);  // nullptr: weights are read as they are stored
+};
+constexpr int most_panels = 4;
+
+// Joins chains by the tree: the sums of segment s are added to those of the segments before it, two of a level to one of the next.
+// levels: [level, step], the last of which has the sum of all segments in the end.
+void join_segment(int s, F* sums, int size, F* levels, int step) {
+    for (; s % 2 != 0; s /= 2, levels += step)
+        for (int i = 0; i < size; ++i) sums[i] = levels[i] + sums[i];
+    for (int i = 0; i < size; ++i) levels[i] = sums[i];
+}
+constexpr int last_level(int segments) { return std::bit_width(static_cast<unsigned>(segments)) - 1; }
+constexpr int join_levels = last_level(max_segments) + 1;
+
+// A tile's output arrives while the tile is computed.
+void fetch_output(const Product& product, int panel, int token, int tokens) {
+    for (int t = 0; t < tokens; ++t) __builtin_prefetch(product.output(token + t, panel), 1);
+}
+
+// Stores the sums [part, together] of a panel and the `tokens` from `token` on, or adds them to what is there.
+void put_out(const Product& product, int panel, int token, int tokens, const F* sums, int together) {
+    float* out = product.output(token, panel);
+    for (int t = 0; t < tokens; ++t, out += product.stride)
+        for (int h = 0; h < parts; ++h) {
+            const F sum = sums[h * together + t];
+            store(out + h * lanes, product.add ? load(out + h * lanes) + sum : sum);
+        }
+}
+
+// Panels `step` apart times `tiles` register tiles, from `token` on: one chain per segment, joined by the tree. Where weights are
+// unpacked, so many units at a time meet all tokens as stay in the first-level cache. Panels from `last` on give no output: where
+// the panels do not fill the tile, it reads the last one again, which costs less than the code of narrower tiles would.
+void multiply_tiles(const Product& product, const Tile& tile, int panel, int step, int last, int token, int tiles) {
     const Matrix& w = product.w;
+    const int P = tile.panels, N = tile.tokens, size = P * parts * N;
     const int units = w.units() / w.segments, top = last_level(w.segments);
-    const int at_once = unpacks ? equal_parts(units, static_cast<int>(weights_at_once / (P * ratio * unit))) : units;
-    const std::size_t tile_bytes = N * packed_bytes(Type::format, w.columns);
-    const std::byte* panels[P];
+    const std::size_t panel_bytes = static_cast<std::size_t>(tile.units) * tile.unit_bytes,  // of a unit that is stored
+        token_bytes = packed_bytes(w.format, w.columns), tile_bytes = static_cast<std::size_t>(N) * token_bytes;
+    const int at_once =
+        tile.unpack ? equal_parts(units, static_cast<int>(weights_at_once / (static_cast<std::size_t>(P) * panel_bytes)))
+                    : units;
+    const std::byte *panels[most_panels], *begin[most_panels];
     for (int p = 0; p < P; ++p) panels[p] = w.panel(std::min(panel + p * step, last - 1));
-    const std::byte* x = product.x + static_cast<std::size_t>(token) * packed_bytes(Type::format, w.columns);
-    F* const chains = reinterpret_cast<F*>(product.room);  // [level, tiles, sums_size]
+    const std::byte* x = product.x + static_cast<std::size_t>(token) * token_bytes;
+    F* const chains = reinterpret_cast<F*>(product.room);  // [level, tiles, size]
     for (int s = 0; s < w.segments; ++s)
         for (int u = 0, n; u < units; u += n) {
             n = std::min(at_once, units - u);
-            const bool ends = !unpacks || u + n == units, is_last = ends && s + 1 == w.segments;
-            const std::byte* begin[P];
+            const bool ends = u + n == units, is_last = ends && s + 1 == w.segments;
             for (int p = 0; p < P; ++p) {
                 begin[p] = panels[p];
-                if constexpr (unpacks) {
-                    std::byte* const out = product.room + chains_at_once + static_cast<std::size_t>(p * n * ratio) * unit;
-                    unpack(Type{}, panels[p], n, out);
+                if (tile.unpack) {
+                    std::byte* const out = product.room + chains_at_once + static_cast<std::size_t>(p * n) * panel_bytes;
+                    tile.unpack(panels[p], n, out);
                     begin[p] = out;
                 }
-                panels[p] += static_cast<std::size_t>(n) * unit_bytes(Type::format);
+                panels[p] += static_cast<std::size_t>(n) * unit_bytes(w.format);
             }
-            const std::byte* tile_x = x;
-            for (int tile = 0; tile < tiles; ++tile, tile_x += tile_bytes) {
-                const int first = token + tile * N;
-                F sums[P][parts][N], *const result = chains + (top * tiles + tile) * sums_size;
+            for (int i = 0; i < tiles; ++i) {
+                const int first = token + i * N;
+                F* const result = chains + (top * tiles + i) * size;
                 for (int p = 0; is_last && p < P; ++p) fetch_output(product, panel + p * step, first, N);
-                load_sums(sums, !unpacks || u == 0 ? nullptr : result);
-                const std::byte *from[P], *from_x = tile_x;
-                LLAMA3_UNROLL
-                for (int p = 0; p < P; ++p) from[p] = begin[p];
-                for (int i = 0; i < n * ratio; ++i) {
-                    if constexpr (unpacks) LLAMA3_UNROLL
-                    for (std::size_t line = 0; line < N * packed_unit<Read>; line += 64)
-                        __builtin_prefetch(from_x + tile_bytes + line);
-                    multiply_unit<P, N>(Read{}, sums, from, from_x);
-                    LLAMA3_UNROLL
-                    for (int p = 0; p < P; ++p) from[p] += unit;
-                }
-                store_sums(sums, result);
-                if (ends && top > 0) join_segment(s, result, sums_size, chains + tile * sums_size, tiles * sums_size);
+                tile.multiply(result, u == 0, begin, x + static_cast<std::size_t>(i) * tile_bytes, n * tile.units, tile_bytes);
+                if (ends && top > 0) join_segment(s, result, size, chains + i * size, tiles * size);
                 for (int p = 0; is_last && p < P && panel + p * step < last; ++p)
                     put_out(product, panel + p * step, first, std::min(N, product.tokens - first), result + p * parts * N, N);
             }
-            x += static_cast<std::size_t>(n * ratio) * N * packed_unit<Read>;
+            x += static_cast<std::size_t>(n * tile.units * N) * tile.token_bytes;
         }
 }
+
+// Many tokens: panels that stay in the second-level cache meet all of them, or as many as stay in the third-level cache until the
+// next panels come, or as many as there is room for their chains.
+void multiply_many(const Product& product, const Tile& tile) {
+    const Matrix& w = product.w;
+    const std::size_t P = static_cast<std::size_t>(tile.panels), N = static_cast<std::size_t>(tile.tokens),
+                      chain_bytes = P * parts * N * sizeof(F) * static_cast<std::size_t>(last_level(w.segments) + 1);
+    const int panels = std::max(static_cast<int>(panels_at_once / (P * w.panel_stride)), 1) * tile.panels;
+    const int tiles = (product.tokens + tile.tokens - 1) / tile.tokens,
+              cached = equal_parts(tiles, static_cast<int>(tokens_at_once / (N * packed_bytes(w.format, w.columns)))),
+              at_once = equal_parts(cached, static_cast<int>(chains_at_once / chain_bytes));
+    for (int begin = 0; begin < tiles; begin += cached)
+        for (int first = product.first_panel; first < product.last_panel; first += panels)
+            for (int t = begin, end = std::min(begin + cached, tiles); t < end; t += at_once)
+                for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += tile.panels)
+                    multiply_tiles(product, tile, panel, 1, product.last_panel, t * tile.tokens, std::min(at_once, end - t));
+}
+
+// Few tokens, of which a tile takes as many as were packed together. Panels are cut into as many runs as a tile has panels: streams
+// that are read side by side. Several tiles share panels that stay in the cache.
+void multiply_few(const Product& product, const Tile& tile) {
+    const int block = product.tokens <= product.together ? product.last_panel - product.first_panel : 16;
+    for (int first = product.first_panel; first < product.last_panel; first += block) {
+        const int last = std::min(first + block, product.last_panel), run = (last - first + tile.panels - 1) / tile.panels;
+        for (int t = 0; t < product.tokens; t += product.together)
+            for (int panel = first; panel < first + run; ++panel) multiply_tiles(product, tile, panel, run, last, t, 1);
+    }
+}
+#endif
 
 // What many tokens read: unpacked weights, where that takes enough work off a tile.
 template <class Type>
@@ -3487,52 +3526,31 @@ using Many = std::conditional_t<lanes == 16 && Type::format == Format::bf16 && !
              std::conditional_t<(lanes == 16 && Type::format == Format::q8) || (lanes >= 8 && Type::format == Format::q4),
                                 Unpacked<Type>, Type>>;
 
-// Many tokens: panels that stay in the second-level cache meet all of them, or as many as stay in the third-level cache until the
-// next panels come, or as many as there is room for their chains.
-template <class Type>
-void multiply_many(const Product& product) {
-    constexpr std::size_t chain_bytes = tile_panels * parts * tile_tokens * sizeof(F);
-    const std::size_t tile_bytes = tile_tokens * packed_bytes(Type::format, product.w.columns),
-                      levels = static_cast<std::size_t>(last_level(product.w.segments) + 1);
-    const int panels = std::max(static_cast<int>(panels_at_once / (tile_panels * product.w.panel_stride)), 1) * tile_panels;
-    const int tiles = (product.tokens + tile_tokens - 1) / tile_tokens,
-              cached = equal_parts(tiles, static_cast<int>(tokens_at_once / tile_bytes)),
-              at_once = equal_parts(cached, static_cast<int>(chains_at_once / (levels * chain_bytes)));
-    auto multiply = multiply_tiles<Type, Many<Type>, tile_panels, tile_tokens>;
-    if constexpr (Type::format != Format::q4)
-        if (tiles < 8) multiply = multiply_tiles<Type, Type, tile_panels, tile_tokens>;  // unpacking would not pay
-    for (int begin = 0; begin < tiles; begin += cached)
-        for (int first = product.first_panel; first < product.last_panel; first += panels)
-            for (int t = begin, end = std::min(begin + cached, tiles); t < end; t += at_once)
-                for (int panel = first; panel < std::min(first + panels, product.last_panel); panel += tile_panels)
-                    multiply(product, panel, 1, product.last_panel, t * tile_tokens, std::min(at_once, end - t));
-}
+template <class Type, class Read, int P, int N>
+constexpr Tile tile = [] {
+    Tile t{P, N, unit_columns(Type::format) / unit_columns(Read::format), read_bytes<Read>, packed_unit<Read>,
+           multiply_tile<Read, P, N>, nullptr};
+    if constexpr (is_unpacked<Read>) t.unpack = unpack<Type>;
+    return t;
+}();
 
-// N tokens times panels [first, last), which are cut into as many runs as a tile has panels: streams that are read side by side.
-template <class Type, int streams, int N>
-void multiply_runs(const Product& product, int first, int last, int token) {
-    const int run = (last - first + streams - 1) / streams;
-    for (int panel = first; panel < first + run; ++panel)
-        multiply_tiles<Type, Type, streams, N>(product, panel, run, last, token, 1);
-}
-
-// As many tokens as were packed together, from `token` on, times panels [first, last).
 template <class Type, int N>
-void multiply_few(const Product& product, int first, int last, int token) {
+const Tile& few_tile(const Product& product) {
     if constexpr (N > 1)
-        if (product.together < N) return multiply_few<Type, N - (N > 4 ? 2 : 1)>(product, first, last, token);
+        if (product.together < N) return few_tile<Type, N - 1>(product);
     if constexpr (lanes >= 8 && N == 1)
-        if (product.streams == 4) return multiply_runs<Type, 4, 1>(product, first, last, token);
-    multiply_runs<Type, 1, N>(product, first, last, token);
+        if (product.streams == most_panels) return tile<Type, Type, most_panels, 1>;
+    return tile<Type, Type, 1, N>;
 }
 
 template <class Type>
 void multiply_as(const Product& product) {
-    if (product.together == tile_tokens && product.tokens >= 4 * tile_tokens) return multiply_many<Type>(product);
-    const int block = product.tokens <= product.together ? product.last_panel - product.first_panel : 16;  // stays in cache
-    for (int first = product.first_panel; first < product.last_panel; first += block)
-        for (int t = 0; t < product.tokens; t += product.together)
-            multiply_few<Type, few_tokens>(product, first, std::min(first + block, product.last_panel), t);
+    if (product.together != tile_tokens || product.tokens < 4 * tile_tokens)
+        return multiply_few(product, few_tile<Type, few_tokens>(product));
+    if constexpr (Type::format != Format::q4)
+        if (product.tokens <= 7 * tile_tokens)  // unpacking would not pay
+            return multiply_many(product, tile<Type, Type, tile_panels, tile_tokens>);
+    multiply_many(product, tile<Type, Many<Type>, tile_panels, tile_tokens>);
 }
 
 void multiply(const Product& product) {
@@ -5647,7 +5665,8 @@ void check_config(const Check& check, const Config& c) {
     const float low = c.rope_low_freq_factor, high = c.rope_high_freq_factor;
     const int context = c.rope_original_context;
     if (c.rope_factor == 1 && (low != 1 || high != 1 || context != 0))
-        check.bad("the RoPE scaling is off (factor 1) but has parameters", to_text({low, ", ", high, ", ", context}), "1, 1, 0");
+        check.bad("the RoPE scaling is off (factor 1) but has parameters", to_text({low, ", ", high, ", ", context}),
+                  "1, 1, 0");
     if (c.rope_factor != 1 && (low >= high || context == 0))
         check.bad("the parameters of the RoPE scaling make no sense", to_text({low, ", ", high, ", ", context}),
                   "low < high, and a context");
@@ -5730,8 +5749,8 @@ std::uint64_t read_header(const Check& check, Bytes image, std::array<Section, 4
         Section& s = sections[i];
         s = {load_as<std::uint64_t>(entry), load_as<std::uint64_t>(entry + 8), load_as<std::uint64_t>(entry + 16)};
         if (s.offset % 8 != 0 || s.offset > size || s.bytes > size - s.offset)
-            check.bad(to_text({"the ", section_names[i], " has no place in the file"}), to_text({s.bytes, " bytes at ", s.offset}),
-                      to_text({"a multiple of 8 and an end by ", size}));
+            check.bad(to_text({"the ", section_names[i], " has no place in the file"}),
+                      to_text({s.bytes, " bytes at ", s.offset}), to_text({"a multiple of 8 and an end by ", size}));
         if (s.offset + s.bytes > image.size()) check.truncated(section_names[i], image.size(), size);
     }
     std::array<Section, 4> sorted = sections;
@@ -5820,7 +5839,8 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
 
     std::vector<TensorInfo> tensors = required_tensors(config);
     for (std::size_t i = 0; i < std::max(count, tensors.size()); ++i) {
-        if (i == count) check.bad(to_text({"tensor ", tensors[i].name, " is missing"}), to_text({count, " tensors"}), tensors.size());
+        if (i == count)
+            check.bad(to_text({"tensor ", tensors[i].name, " is missing"}), to_text({count, " tensors"}), tensors.size());
         const std::byte* entry = table.data() + 8 + entry_bytes * i;
         const std::string name = read_name(check, entry, i), tensor = "tensor " + name;
         if (i == tensors.size()) check.bad(to_text({tensor, " is one too many"}), to_text({count, " tensors"}), tensors.size());
@@ -5831,7 +5851,8 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
         const auto number = [&](std::size_t offset) { return load_as<std::uint64_t>(entry + offset); };
         const std::uint32_t format = word(40);  // read once: the file may change meanwhile
         if (format > (t.dimensions == 1 ? 0u : 3u))
-            check.bad(to_text({tensor, " has a wrong format"}), format, t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
+            check.bad(to_text({tensor, " has a wrong format"}), format,
+                      t.dimensions == 1 ? "0: f32" : "0 to 3: f32, bf16, q8, q4");
         t.format = static_cast<Format>(format), t.offset = number(64), t.bytes = number(72), t.checksum = number(80);
         check.equal(tensor, "has a wrong number of dimensions", word(44), static_cast<std::uint32_t>(t.dimensions));
         check.equal(tensor, "has a wrong number of rows", number(48), static_cast<std::uint64_t>(t.rows));
@@ -5843,7 +5864,8 @@ std::vector<TensorInfo> read_table(const Check& check, Bytes table, const Config
         if (i == 0 && (t.offset % 4096 != 0 || t.offset < end))
             check.bad(to_text({tensor, " is in the wrong place"}), t.offset, to_text({"a multiple of 4096, at least ", end}));
         if (t.offset > size || t.bytes > size - t.offset)
-            check.bad(to_text({tensor, " lies outside the file"}), to_text({t.bytes, " bytes at ", t.offset}), to_text({"an end by ", size}));
+            check.bad(to_text({tensor, " lies outside the file"}), to_text({t.bytes, " bytes at ", t.offset}),
+                      to_text({"an end by ", size}));
         end = t.offset + t.bytes;
     }
     check.equal("the size of the file", "is not where its last tensor ends", size, end);
