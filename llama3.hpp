@@ -2656,7 +2656,7 @@ inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / 
 
 // Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
 // rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
-constexpr int attention_chunk = 64, attention_queries = 64, score_stride = attention_segment + 16;
+constexpr int attention_chunk = 64, attention_queries = 96, score_stride = attention_segment + 16;
 inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 64)); }
 inline std::size_t mix_floats(int queries, int head_dim) {
     return static_cast<std::size_t>(round_up(queries * (attention_width(head_dim) + 2), 16));
@@ -3118,10 +3118,15 @@ LLAMA3_INLINE F exp_finite(F x) {
     p = fma(p, r, splat(0.5f));
     p = fma(p, r, splat(1.0f));
     p = fma(p, r, splat(1.0f));
+#if LLAMA3_WIDTH == 16
+    p = _mm512_scalef_ps(p, n);
+#else
     const I exponent = to_int(n), half = shift_right<1>(exponent);
     const F first = as_float(shift_left<23>(add_int(half, splat_int(127))));
     const F second = as_float(shift_left<23>(add_int(sub_int(exponent, half), splat_int(127))));
-    return where_less(x, splat(-87.33f), splat(0), p * first * second);
+    p = p * first * second;
+#endif
+    return where_less(x, splat(-87.33f), splat(0), p);
 }
 LLAMA3_INLINE F exp(F x) { return where_less(splat(88.72f), x, splat(std::numeric_limits<float>::infinity()), exp_finite(x)); }
 
@@ -3661,16 +3666,12 @@ void add_products(const HeadProducts& p, int n) {
         store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
 }
 
-// row[j] *= scale, j < count, and -∞ up to a multiple of 16; returns the largest.
-__attribute__((noinline)) float scale_scores(float* row, int count, float scale) {
+// The largest of row[j], j < count; what follows is -∞ up to a multiple of 16.
+__attribute__((noinline)) float largest_score(float* row, int count) {
     F most = splat(-std::numeric_limits<float>::infinity());
     for (int j = count; j % 16 != 0; ++j) row[j] = -std::numeric_limits<float>::infinity();
     for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
-    for (int h = 0; h < 16; h += lanes) {
-        const F score = load(row + j + h) * splat(scale);
-        store(row + j + h, score);
-        most = max(most, score);
-    }
+    for (int h = 0; h < 16; h += lanes) most = max(most, load(row + j + h));
     float values[lanes];
     store(values, most);
     for (int half = lanes / 2; half >= 1; half /= 2)
@@ -3678,13 +3679,13 @@ __attribute__((noinline)) float scale_scores(float* row, int count, float scale)
     return values[0];
 }
 
-// row[j] = e^(row[j] - largest), none of which is above 1; returns their sum, over 16 lanes.
-__attribute__((noinline)) float exponentiate(float* row, int count, float largest) {
+// row[j] = e^(scale row[j] - largest), none of which is above 1; returns their sum, over 16 lanes.
+__attribute__((noinline)) float exponentiate(float* row, int count, float scale, float largest) {
     F sums[parts];
     for (int h = 0; h < parts; ++h) sums[h] = splat(0);
     for (int j = 0; j < count; j += 16) LLAMA3_UNROLL
     for (int h = 0; h < parts; ++h) {
-        const F p = exp_finite(load(row + j + h * lanes) - splat(largest));
+        const F p = exp_finite(load(row + j + h * lanes) * splat(scale) - splat(largest));
         store(row + j + h * lanes, p);
         sums[h] = sums[h] + p;
     }
@@ -3735,8 +3736,8 @@ void attend_segment(const Attention& a, int segment, float* mix) {
     float *const largest = mix + static_cast<std::size_t>(queries) * mix_width, *const total = largest + queries;
     const float scale = 1 / std::sqrt(static_cast<float>(cache.head_dim));
     // Two loops: the processor can look for the largest score of one head while it still waits for that of another.
-    for (int q = begin; q < queries; ++q) largest[q] = scale_scores(row(scores, q), a.seen(q, segment), scale);
-    for (int q = begin; q < queries; ++q) total[q] = exponentiate(row(scores, q), a.seen(q, segment), largest[q]);
+    for (int q = begin; q < queries; ++q) largest[q] = largest_score(row(scores, q), a.seen(q, segment)) * scale;
+    for (int q = begin; q < queries; ++q) total[q] = exponentiate(row(scores, q), a.seen(q, segment), scale, largest[q]);
     for (int j = 0; j < count; j += attention_chunk) {
         const std::size_t position = static_cast<std::size_t>(j);
         const int here = std::min(count - j, attention_chunk);
@@ -3822,8 +3823,8 @@ void attend_row(const Attention& a, int segment, float* mix) {
         }
     float *const largest = mix + static_cast<std::size_t>(a.n_queries) * width, *const total = largest + a.n_queries;
     const float scale = 1 / std::sqrt(static_cast<float>(cache.head_dim));
-    for (int h = 0; h < a.n_queries; ++h) largest[h] = scale_scores(row(h), count, scale);
-    for (int h = 0; h < a.n_queries; ++h) total[h] = exponentiate(row(h), count, largest[h]);
+    for (int h = 0; h < a.n_queries; ++h) largest[h] = largest_score(row(h), count) * scale;
+    for (int h = 0; h < a.n_queries; ++h) total[h] = exponentiate(row(h), count, scale, largest[h]);
     for (int j = 0; j < count; j += block) {
         const std::size_t begin = static_cast<std::size_t>(j), end = static_cast<std::size_t>(std::min(j + block, count));
         float scales[block * most_groups];
