@@ -4507,7 +4507,7 @@ public:
         : model_(std::move(model)), share_(std::move(share)), config_(share_.config), communicator_(options.communicator),
           context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)),
           streams_(cpu_features().intel ? 4 : 1), team_(options.threads),
-          rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
+          taken_(static_cast<std::size_t>(team_.threads())), rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
           memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
           buffers_(place(arena_, memory_), config_, rows_, team_.threads(), share_.ranks) {}
 
@@ -4535,6 +4535,14 @@ private:
         arena.place(memory.data());
         return arena;
     }
+    // The number of the next piece of a thread's share that nobody has begun. The count of an earlier stage stands for 0.
+    int take(int owner, std::uint32_t stage) {
+        std::atomic<std::uint64_t>& pieces = taken_[static_cast<std::size_t>(owner)].pieces;
+        std::uint64_t now = pieces.load(std::memory_order_relaxed), then;
+        do then = (now >> 32 == stage ? now : std::uint64_t{stage} << 32) + 1;
+        while (!pieces.compare_exchange_weak(now, then, std::memory_order_relaxed));
+        return static_cast<int>(then & 0xffffffffu) - 1;
+    }
     int n_logits() const { return share_.weights.output.rows; }
     std::size_t logits_stride() const { return static_cast<std::size_t>(round_up(n_logits(), 64)); }
     // The first thread's part of a sum over ranks. Here, and only here, ranks agree to stop: the wish travels with the sum.
@@ -4560,6 +4568,10 @@ private:
     int streams_;
     Team team_;
     Barrier barrier_;
+    struct alignas(64) Taken {
+        std::atomic<std::uint64_t> pieces{0};  // of a thread's share, below the number of the stage
+    };
+    std::vector<Taken> taken_;
     int rows_;
     std::vector<float> frequencies_;
     Arena arena_;
@@ -4597,10 +4609,11 @@ public:
         if (b_.stopped_) return;
         pack_rows(layer.query.format, x, n_tokens_, layer.attention_norm);
         const int queries = layer.query.panels(), keys = layer.key.panels(), values = layer.value.panels();
-        const auto [first, last] = share(queries + keys + values);
-        multiply_panels(layer.query, query, n_tokens_, first, last);
-        multiply_panels(layer.key, buffers_.key, n_tokens_, first - queries, last - queries);
-        multiply_panels(layer.value, buffers_.value, n_tokens_, first - queries - keys, last - queries - keys);
+        for_panels(queries + keys + values, [&](int first, int last) {
+            multiply_panels(layer.query, query, n_tokens_, first, last);
+            multiply_panels(layer.key, buffers_.key, n_tokens_, first - queries, last - queries);
+            multiply_panels(layer.value, buffers_.value, n_tokens_, first - queries - keys, last - queries - keys);
+        });
         meet();
         const int n_heads = config_.n_heads, all_heads = n_heads + config_.n_kv_heads, head_dim = config_.head_dim;
         const auto [first_head, last_head] = share(n_tokens_ * all_heads);
@@ -4673,23 +4686,24 @@ public:
     void gate_up(Tensor hidden, Tensor x, const Layer& layer) override {
         if (b_.stopped_) return;
         pack_rows(layer.gate.format, x, n_tokens_, layer.ffn_norm);
-        const auto [first, last] = share(layer.gate.panels());
-        // A few panels at a time where there are many tokens, so that gate and up are still in the cache when they meet.
-        const int block = n_tokens_ < 64 ? last - first : 4;
-        for (int panel = first; panel < last; panel += block) {
-            const int end = std::min(panel + block, last);
-            multiply_panels(layer.gate, hidden, n_tokens_, panel, end);
-            multiply_panels(layer.up, buffers_.up, n_tokens_, panel, end);
-            const int n = (end - panel) * panel_rows;
-            for (int t = 0; t < n_tokens_; ++t) {
-                const int ahead = std::min(t + 4, n_tokens_ - 1);  // other rows are too far away for the processor to foresee
-                for (int i = 0; i < std::min(n, 4 * panel_rows); i += panel_rows) {
-                    __builtin_prefetch(hidden.row(ahead) + panel * panel_rows + i, 1);
-                    __builtin_prefetch(buffers_.up.row(ahead) + panel * panel_rows + i);
+        for_panels(layer.gate.panels(), [&](int first, int last) {
+            // A few panels at a time where there are many tokens, so that gate and up are still in the cache when they meet.
+            const int block = n_tokens_ < 64 ? last - first : 4;
+            for (int panel = first; panel < last; panel += block) {
+                const int end = std::min(panel + block, last);
+                multiply_panels(layer.gate, hidden, n_tokens_, panel, end);
+                multiply_panels(layer.up, buffers_.up, n_tokens_, panel, end);
+                const int n = (end - panel) * panel_rows;
+                for (int t = 0; t < n_tokens_; ++t) {
+                    const int ahead = std::min(t + 4, n_tokens_ - 1);  // other rows are too far away for the processor to foresee
+                    for (int i = 0; i < std::min(n, 4 * panel_rows); i += panel_rows) {
+                        __builtin_prefetch(hidden.row(ahead) + panel * panel_rows + i, 1);
+                        __builtin_prefetch(buffers_.up.row(ahead) + panel * panel_rows + i);
+                    }
+                    kernels_.swiglu(hidden.row(t) + panel * panel_rows, buffers_.up.row(t) + panel * panel_rows, n);
                 }
-                kernels_.swiglu(hidden.row(t) + panel * panel_rows, buffers_.up.row(t) + panel * panel_rows, n);
             }
-        }
+        });
         end(Stage::gate_up);
     }
 
@@ -4698,8 +4712,8 @@ public:
     void logits(Tensor logits, Tensor x, const Weights& weights, const Batch&) override {
         if (b_.stopped_ || logits.rows == 0) return;
         pack_rows(weights.output.format, x, logits.rows, weights.final_norm, b_.logits_rows_.data());
-        const auto [first, last] = share(weights.output.panels());
-        multiply_panels(weights.output, logits, logits.rows, first, last);
+        for_panels(weights.output.panels(),
+                   [&](int first, int last) { multiply_panels(weights.output, logits, logits.rows, first, last); });
         end(Stage::logits);
     }
 
@@ -4707,10 +4721,28 @@ private:
     struct Range {
         int first, last;
     };
-    // This thread's contiguous part of n items.
-    Range share(int n) const {
+    // A thread's contiguous part of n items.
+    Range share(int n, int thread) const {
         const auto border = [&](int i) { return static_cast<int>(static_cast<std::int64_t>(n) * i / threads_); };
-        return {border(thread_), border(thread_ + 1)};
+        return {border(thread), border(thread + 1)};
+    }
+    Range share(int n) const { return share(n, thread_); }
+    // Calls multiply(first, last) for pieces of n panels: three quarters of this thread's share, the rest of it little by little,
+    // and then what slower threads have left of theirs. Of these it asks few, at every distance.
+    template <class F>
+    void for_panels(int n, const F& multiply) {
+        ++stage_;
+        for (int distance = threads_; distance > 0; distance /= 2) {
+            const int owner = (thread_ + distance) % threads_;
+            const auto [first, last] = share(n, owner);
+            const int large = threads_ == 1 ? last - first : (last - first) * 3 / 4 / small_piece * small_piece;
+            for (int begin, end = first; end < last;) {
+                const int piece = b_.take(owner, stage_);
+                begin = first + (piece == 0 ? 0 : large + (piece - 1) * small_piece);
+                end = std::min(last, begin + (piece == 0 ? large : small_piece));
+                if (begin < end) multiply(begin, end);
+            }
+        }
     }
     void meet() {
         b_.barrier_.wait([this] {
@@ -4760,12 +4792,14 @@ private:
         if (b_.stopped_) return;
         pack_rows(w.format, input, n_tokens_, nullptr);
         const bool alone = b_.share_.ranks == 1;
-        const auto [first, last] = share(w.panels());
-        multiply_panels(w, alone ? x : buffers_.partial, n_tokens_, first, last, alone);
+        for_panels(w.panels(), [&](int first, int last) {
+            multiply_panels(w, alone ? x : buffers_.partial, n_tokens_, first, last, alone);
+        });
         end(stage);
         if (alone) return;
         if (thread_ == 0) b_.sum_over_ranks(n_tokens_);
         meet();
+        const auto [first, last] = share(w.panels());
         for (int t = 0; t < n_tokens_; ++t)
             for (int i = first * panel_rows; i < std::min(last * panel_rows, w.rows); ++i)
                 x.row(t)[i] = x.row(t)[i] + buffers_.partial.row(t)[i];
@@ -4777,6 +4811,8 @@ private:
     const Kernels& kernels_;
     const CpuBuffers& buffers_;
     int thread_, threads_, n_tokens_ = 0;
+    static constexpr int small_piece = 4;  // panels
+    std::uint32_t stage_ = 0;              // calls of for_panels
     float* scratch_;
     std::byte* room_;
     std::chrono::steady_clock::time_point stage_began_ = std::chrono::steady_clock::now();
@@ -4788,6 +4824,7 @@ bool CpuBackend::step(const Batch& batch, const std::atomic<bool>* cancel) {
         if (batch.rows[static_cast<std::size_t>(t)].wants_logits) logits_rows_.push_back(t);
     logits_.resize(logits_rows_.size() * logits_stride());
     cancel_ = cancel, stopped_ = false, failure_ = nullptr;
+    for (Taken& taken : taken_) taken.pieces = 0;
     const Tensor logits{logits_.data(), static_cast<int>(logits_rows_.size()), n_logits(), logits_stride()};
     const Activations activations{buffers_.x, buffers_.query, buffers_.mixed, buffers_.hidden, logits};
     team_.run(barrier_, [&](int thread, int threads) {
