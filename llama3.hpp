@@ -4648,8 +4648,13 @@ public:
         float* const joined = scratch_ + attention_floats(most * group, head_dim);
         float* const mix = joined + mix_floats(most * group, head_dim);
         for (int phase = 0; phase <= split; ++phase) {
-            int item = 0;
-            const auto mine = [&] { return item++ % threads_ == thread_; };
+            // Few items are dealt out in turn; where there are many, a thread that is done takes the next one.
+            int item = 0, next = most > 1 ? b_.take(0, ++stage_) : thread_;
+            const auto mine = [&] {
+                if (item++ != next) return false;
+                next = most > 1 ? b_.take(0, stage_) : next + threads_;
+                return true;
+            };
             for (int t = 0, n; t < n_tokens_; t += n) {
                 const Row* rows = batch.rows.data() + t;
                 for (n = 1; n < most && t + n < n_tokens_ && rows[n].cache == rows->cache;) ++n;
@@ -4727,15 +4732,15 @@ private:
         return {border(thread), border(thread + 1)};
     }
     Range share(int n) const { return share(n, thread_); }
-    // Calls multiply(first, last) for pieces of n panels: three quarters of this thread's share, the rest of it little by little,
-    // and then what slower threads have left of theirs. Of these it asks few, at every distance.
+    // Calls multiply(first, last) for pieces of n panels: half of this thread's share, the rest of it little by little, and then
+    // what slower threads have left of theirs. Of these it asks few, at every distance.
     template <class F>
     void for_panels(int n, const F& multiply) {
         ++stage_;
         for (int distance = threads_; distance > 0; distance /= 2) {
             const int owner = (thread_ + distance) % threads_;
             const auto [first, last] = share(n, owner);
-            const int large = threads_ == 1 ? last - first : (last - first) * 3 / 4 / small_piece * small_piece;
+            const int large = threads_ == 1 ? last - first : (last - first) / (2 * small_piece) * small_piece;
             for (int begin, end = first; end < last;) {
                 const int piece = b_.take(owner, stage_);
                 begin = first + (piece == 0 ? 0 : large + (piece - 1) * small_piece);
@@ -4812,7 +4817,7 @@ private:
     const CpuBuffers& buffers_;
     int thread_, threads_, n_tokens_ = 0;
     static constexpr int small_piece = 4;  // panels
-    std::uint32_t stage_ = 0;              // calls of for_panels
+    std::uint32_t stage_ = 0;              // number of what is shared out, the same for all threads
     float* scratch_;
     std::byte* room_;
     std::chrono::steady_clock::time_point stage_began_ = std::chrono::steady_clock::now();
