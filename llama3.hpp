@@ -4357,8 +4357,8 @@ using Team = ThreadTeam;
 // ═══ §12  The CPU back end ═════════════════════════════════════════════════════════════════════════════════════════════════════
 //
 // Every thread runs forward(); a stage does the thread's share and ends at a barrier. Shares are contiguous runs of panels, so
-// that each thread reads one stream of weights. The bits are those of §5, stage by stage: only the order in which outputs are
-// made differs.
+// that each thread reads one stream of weights; what a slow core has not begun of its own is taken by those that are done. The
+// bits are those of §5, stage by stage: only the order in which outputs are made differs.
 
 namespace llama3 {
 namespace detail {
