@@ -3042,7 +3042,6 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2
 #endif
 #else
 constexpr int tile_tokens = 2, few_tokens = 2;
-#define LLAMA3_PLAIN 1
 __attribute__((noinline)) static F fma(F a, F b, F c) {
     F y;
     for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
@@ -3768,11 +3767,10 @@ void attend_segment(const Attention& a, int segment, float* mix) {
 }
 
 constexpr int most_row_width = 256;  // of a head
-#ifdef LLAMA3_PLAIN  // where fma takes the time, reading the cache twice does not show
-#undef LLAMA3_PLAIN
-constexpr bool reads_rows = false;
-#else
+#if LLAMA3_WIDTH > 4 || defined(LLAMA3_NEON)
 constexpr bool reads_rows = true;
+#else  // where fma takes the time, reading the cache twice does not show
+constexpr bool reads_rows = false;
 #endif
 
 // The same for a single row, whose few heads use every key and value once: these go from the cache straight into registers, keys
