@@ -3587,7 +3587,7 @@ LLAMA3_INLINE F load_cached(const std::byte* from, std::size_t index, F scale) {
 }
 
 // Query heads at a time, and vectors of positions or channels that each meets: as many sums as there are registers for.
-constexpr int attention_heads = 6, attention_vectors = lanes == 8 ? 2 : 4;
+constexpr int attention_heads = 6, attention_vectors = lanes == 8 ? 2 : 4, last_vectors = lanes == 16 ? 2 : attention_vectors;
 constexpr int attention_step = attention_vectors * lanes;
 
 // `count` positions from `first` on, a multiple of attention_step: their keys [position / step][E][step], their values
@@ -3623,7 +3623,7 @@ void decode_chunk(const CacheView& cache, bool keys, int first, int count, float
 }
 
 struct HeadProducts {
-    float* sums;  // [heads, sums_stride], attention_step columns
+    float* sums;  // [heads, sums_stride], V vectors of each
     std::size_t sums_stride;
     const float* factors;  // [heads, score_stride]
     const float* vectors;  // [count, stride]
@@ -3636,32 +3636,32 @@ struct HeadProducts {
 
 // sums[n] += Σ_i factors[n][i] vectors[i] for N heads, a chain per element: scores (i: channel, lane: position) and the mix of
 // values (i: position, lane: channel).
-template <int N>
+template <int N, int V = attention_vectors>
 void add_products(const HeadProducts& p, int n) {
     if constexpr (N > 1)
-        if (n < N) return add_products<N - 1>(p, n);
-    F sums[N][attention_vectors];
+        if (n < N) return add_products<N - 1, V>(p, n);
+    F sums[N][V];
     LLAMA3_UNROLL
     for (int h = 0; h < N; ++h) LLAMA3_UNROLL
-    for (int v = 0; v < attention_vectors; ++v)
+    for (int v = 0; v < V; ++v)
         sums[h][v] = p.fresh ? splat(0) : load(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes);
     const float *factors = p.factors, *vectors = p.vectors;
     const std::byte* ahead = p.ahead;
     for (const float* end = factors + p.count; factors < end; ++factors, vectors += p.stride, ahead += p.ahead_stride) {
         __builtin_prefetch(ahead, 0, 2);
-        F x[attention_vectors];
+        F x[V];
         LLAMA3_UNROLL
-        for (int v = 0; v < attention_vectors; ++v) x[v] = load(vectors + v * lanes);
+        for (int v = 0; v < V; ++v) x[v] = load(vectors + v * lanes);
         LLAMA3_UNROLL
         for (int h = 0; h < N; ++h) {
             const F factor = splat(factors[h * score_stride]);
             LLAMA3_UNROLL
-            for (int v = 0; v < attention_vectors; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
+            for (int v = 0; v < V; ++v) sums[h][v] = fma(factor, x[v], sums[h][v]);
         }
     }
     LLAMA3_UNROLL
     for (int h = 0; h < N; ++h) LLAMA3_UNROLL
-    for (int v = 0; v < attention_vectors; ++v)
+    for (int v = 0; v < V; ++v)
         store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
 }
 
@@ -3720,16 +3720,19 @@ void attend_segment(const Attention& a, int segment, float* mix) {
         decode(cache, true, j, static_cast<int>(round_up(std::min(count - j, attention_chunk), 16)), vectors);
         for (int q = begin, n; q < queries; q += n) {
             n = std::min(queries - q, attention_heads);
-            for (int i = 0; i < std::min(a.seen(q + n - 1, segment) - j, attention_chunk); i += attention_step)
+            const int seen = std::min(a.seen(q + n - 1, segment) - j, attention_chunk);
+            for (int i = 0; i < seen; i += attention_step) {
+                const auto add_scores = seen - i <= last_vectors * lanes ? add_products<attention_heads, last_vectors>
+                                                                         : add_products<attention_heads>;
                 for (std::size_t e = 0; e < width; e += attention_segment)
-                    add_products<attention_heads>(
-                        {row(scores, q) + j + i, score_stride,
-                         row(packed, static_cast<int>(e) / attention_segment * queries + q),
-                         vectors + (static_cast<std::size_t>(i) * width + e * attention_step), attention_step,
-                         static_cast<int>(std::min<std::size_t>(width - e, attention_segment)), e == 0,
-                         cache.keys + (position + attention_chunk + static_cast<std::size_t>(i)) * width * element,
-                         attention_step * element},
-                        n);
+                    add_scores({row(scores, q) + j + i, score_stride,
+                                row(packed, static_cast<int>(e) / attention_segment * queries + q),
+                                vectors + (static_cast<std::size_t>(i) * width + e * attention_step), attention_step,
+                                static_cast<int>(std::min<std::size_t>(width - e, attention_segment)), e == 0,
+                                cache.keys + (position + attention_chunk + static_cast<std::size_t>(i)) * width * element,
+                                attention_step * element},
+                               n);
+            }
         }
     }
     float *const largest = mix + static_cast<std::size_t>(queries) * mix_width, *const total = largest + queries;
