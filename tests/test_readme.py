@@ -20,6 +20,8 @@ class Readme(unittest.TestCase):
     def setUp(self):
         with open(os.path.join(SOURCE, "README.md"), encoding="utf-8") as file:
             self.readme = file.read()
+        with open(os.path.join(SOURCE, "BENCHMARKS.md"), encoding="utf-8") as file:
+            self.benchmarks = file.read()
         with open(os.path.join(SOURCE, "examples", "hello.cpp"), encoding="utf-8") as file:
             self.hello = file.read()
 
@@ -32,7 +34,7 @@ class Readme(unittest.TestCase):
             front = "".join(line[2:].removeprefix("     ") for line in file.read().split("#ifndef", 1)[0].splitlines(True))
         self.assertIn(self.hello, front)
 
-    def test_its_table_of_several_gpus_follows_from_its_formula(self):
+    def test_the_table_of_several_gpus_follows_from_its_formula(self):
         published = {2: ((4, 3.9), (32, 4.5), (256, 7.9)), 4: ((4, 3.7), (32, 4.8), (256, 13.9)), 8: ((4, 5.7), (32, 7.8), (256, 16.7))}
 
         def latency(ranks, size):  # µs, of a sum of so many bytes
@@ -40,7 +42,7 @@ class Readme(unittest.TestCase):
             (left, low), (right, high) = points[:2] if size <= 32 * 1024 else points[1:]
             return low + (size / 1024 - left) / (right - left) * (high - low)
 
-        rows = re.findall(r"^\| (\d+)B (q\d) \|(.*)\|$", self.readme, re.M)
+        rows = re.findall(r"^\| (\d+)B (q\d) \|(.*)\|$", self.benchmarks, re.M)
         self.assertEqual(len(rows), 6)
         for size, kind, figures in rows:
             plan = json.loads(output("inspect", "--synthetic", size + "b", "--type", kind, "--json"))
