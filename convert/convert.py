@@ -695,7 +695,9 @@ def tokenizer_of_json(path: Path) -> Tokenizer:
     doc.expect("normalizer", None)
     model.expect("type", "BPE", None)
     model.expect("byte_fallback", False, None)
-    model.expect("ignore_merges", True)    # else 588 tokens of Llama 3 could not be reached
+    model.expect("ignore_merges", True, None)    # False: 588 tokens of Llama 3 could not be reached
+    if model.values.get("ignore_merges") is None:
+        say(f"note: {path} does not say ignore_merges, as those of early 2024; words that are one token stay whole")
     found = [{key: value for key, value in step.items() if key != "trim_offsets"}
              for step in split.get("pretokenizers", [split])]
     if found != PRE_TOKENIZER:
@@ -922,7 +924,7 @@ class Source:
             return "llama3.1", "by its chat template"
         if ids[EOT] in ends:
             return "llama3", f"by its {'chat template' if template else 'end tokens, no chat template'}"
-        return "none", f"a base model: {EOT} does not end its texts"
+        return "none", f"taken for a base model, since it does not say that {EOT} ends its texts"
 
 
 def also(names: list) -> str:
@@ -1273,10 +1275,10 @@ class HuggingFaceFolder(Source):
         self.files.append(path)
         if path == places[0]:
             return read_tokenizer_json(path).check(path, vocabulary)
-        config = self.path / "tokenizer_config.json"
-        added = self.json(config)("added_tokens_decoder", dict, {}) if config.exists() else {}
-        with shaped(config, "tokenizer_config.json"):
-            specials = {int(number): Keys(config, entry)("content", str) for number, entry in added.items()}
+        config = self.tokenizer_config()
+        with shaped(config.where, "tokenizer_config.json"):
+            specials = {int(number): Keys(config.where, entry)("content", str)
+                        for number, entry in config("added_tokens_decoder", dict, {}).items()}
         tokenizer = Tokenizer(read_tiktoken(path), specials) if specials else \
             self.meta_tokenizer(path, is_scaled, vocabulary)
         return tokenizer.check(path, vocabulary)
@@ -1288,15 +1290,21 @@ class HuggingFaceFolder(Source):
             ends += value if isinstance(value, list) else [] if value is None else [value]
             if any(type(number) is not int for number in ends):
                 raise Fail(keys.where, "eos_token_id is of the wrong kind", repr(value)[:80], "ids", AGAIN)
-        return ends
+        name = self.tokenizer_config().values.get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        return ends + ([self.tokenizer.ids[name]] if isinstance(name, str) and name in self.tokenizer.ids else [])
+
+    def tokenizer_config(self) -> Keys:
+        path = self.path / "tokenizer_config.json"
+        return self.json(path) if path.exists() else Keys(path, {})
 
     def read_template(self) -> str:
         """The text of the chat template, or of all of them where there are several."""
-        plain, path = self.path / "chat_template.jinja", self.path / "tokenizer_config.json"
+        plain = self.path / "chat_template.jinja"
         if plain.exists():
             self.files.append(plain)
             return read_bytes(plain).decode("utf-8", "replace")
-        template = self.json(path).values.get("chat_template") if path.exists() else None
+        template = self.tokenizer_config().values.get("chat_template")
         return template if isinstance(template, str) else json.dumps(template) if template else ""
 
 
@@ -1699,8 +1707,11 @@ def open_source(path: Path, options: argparse.Namespace) -> Source:
 
 
 def model_name(path: Path) -> str:
-    path = path.resolve()
+    """Of a file or folder as it is named, not of what a link leads to: caches keep files under their hashes."""
+    path = Path(os.path.abspath(path))
     if path.is_dir():
+        if path.parent.name == "snapshots":    # of Hugging Face's cache: models--ORGANISATION--NAME/snapshots/HASH
+            return path.parent.parent.name.split("--")[-1]
         return path.parent.name if path.name == "original" else path.name
     return re.sub(r"(-00001-of-\d{5})?\.gguf$|(-(f32|bf16|q8|q4))?\.l3$", "", path.name)
 

@@ -636,11 +636,17 @@ class Decisions(Case):
                 ([{"name": "default", "template": header + "Cutting Knowledge Date builtin_tools"}], n + 9, 2)):
             path = hf(self.dir / "h", eos_token_id=ends)
             edit_json(path / "generation_config.json", eos_token_id=REMOVED)
-            edit_json(path / "tokenizer_config.json", chat_template=template)
+            edit_json(path / "tokenizer_config.json", chat_template=template, eos_token=REMOVED)
             self.assertEqual(self.convert(path).numbers()["chat"], expected, (template, ends))
         edit_json(path / "tokenizer_config.json", chat_template=REMOVED)
         (path / "chat_template.jinja").write_text(header + "Cutting Knowledge Date strftime_now")
         self.assertEqual(self.convert(path).numbers()["chat"], 3)
+        (path / "chat_template.jinja").write_text(header)
+        edit_json(path / "config.json", eos_token_id=[n + 1])
+        for name in ("<|eot_id|>", {"content": "<|eot_id|>"}, "<|end_of_text|>"):
+            edit_json(path / "tokenizer_config.json", eos_token=name)
+            self.assertEqual(self.convert(path).numbers()["chat"], 0 if name == "<|end_of_text|>" else 1)
+        self.assertIn("taken for a base model", self.said)
 
     def test_end_tokens_of_both_configurations_and_of_known_names_are_joined(self):
         n = UNTIED.ranks
@@ -721,6 +727,12 @@ class Decisions(Case):
         self.assertEqual(run(path)[0], 0)
         self.assertEqual(run("Tiny-Llama-q8.l3", "--type", "q4")[0], 0)
         self.assertTrue((self.dir / "Tiny-Llama-q8.l3").exists() and (self.dir / "Tiny-Llama-q4.l3").exists())
+        snapshot = hf(self.dir / "models--someone--Llama-X" / "snapshots" / "0123abcd")
+        self.assertEqual(run(snapshot)[0], 0)
+        checkpoints.write_gguf(self.dir / "0123abcd", SMALL, "bf16")
+        (self.dir / "Llama-Y.gguf").symlink_to(self.dir / "0123abcd")
+        self.assertEqual(run("Llama-Y.gguf")[0], 0)
+        self.assertTrue((self.dir / "Llama-X-q8.l3").exists() and (self.dir / "Llama-Y-q8.l3").exists())
 
     def test_names_of_special_tokens_follow_the_published_lists(self):
         for scheme, digest in {
@@ -1144,6 +1156,8 @@ class BadInput(Case):
                             ({"added_tokens": []}, "<|begin_of_text|>")):
             with self.subTest(part):
                 self.refused(edited(**edits), "tokenizer.json", part)
+        self.convert(edited(model_ignore_merges=None))
+        self.assertIn("does not say ignore_merges", self.said)
         path = hf(self.dir / "split")
         doc = (path / "tokenizer.json").read_text()
         (path / "tokenizer.json").write_text(doc.replace("{1,3}", "{1,2}"))
