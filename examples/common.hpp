@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <random>
 #include <thread>
 #include <utility>
 
@@ -207,6 +208,12 @@ struct ModelFlags {
     }
 };
 
+// The seed.
+inline std::string parse_value(std::string_view text, llama3::Sampling& sampling, Range) {
+    if (text == "-1") return sampling.seed = std::random_device()() | std::uint64_t{std::random_device()()} << 32, "";
+    return parse_value(text, sampling.seed, Range{}).empty() ? "" : "a whole number from 0 to 18446744073709551615, or -1";
+}
+
 inline void add_sampling_flags(Args& args, llama3::Sampling& sampling) {
     args.add("--temp NUMBER", sampling.temperature, "temperature, 0: always the most likely token (0.6)", {0});
     args.add("--top-k N", sampling.top_k, "only the N most likely tokens, 0: off (0)", {0});
@@ -214,7 +221,7 @@ inline void add_sampling_flags(Args& args, llama3::Sampling& sampling) {
              {1e-6, 1});
     args.add("--min-p NUMBER", sampling.min_p, "only tokens at least this share as likely as the best, 0: off (0)", {0, 1});
     args.add("--repeat-penalty NUMBER", sampling.repeat_penalty, "makes recent tokens less likely, 1: off (1)", {1e-6});
-    args.add("-s, --seed SEED", sampling.seed, "seed: the same one gives the same text everywhere (1)", {0});
+    args.add("-s, --seed SEED", sampling, "seed: the same one gives the same text everywhere, -1: another each time (1)");
 }
 
 // JSON, written from the inside out: json_object({{"tokens", json_list(ids)}, {"text", json_text(text)}}).

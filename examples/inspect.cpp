@@ -49,20 +49,21 @@ std::vector<std::pair<std::string, std::string>> configuration(const llama3::Con
 }
 
 // Graphics cards by their memory, in GB of 10^9 bytes: a little less than they have, which the driver takes for itself.
-constexpr int cards[] = {24, 48, 80, 141};
+constexpr int cards[] = {8, 12, 16, 24, 48, 80, 141};
 constexpr int rank_counts[] = {1, 2, 4, 8, 16};
 
 std::uint64_t total(const llama3::MemoryPlan& plan) { return plan.weights_bytes + plan.cache_bytes + plan.activations_bytes; }
 
 int main(int argc, char** argv) {
-    Args args("(M | --synthetic NAME) [--verify] [flags]",
+    Args args("[M | --synthetic NAME] [--verify] [flags]",
               "Prints a model's configuration, tensors, origin and memory plan, and on which cards its parts fit.");
     std::string path, synthetic;
     std::optional<llama3::Format> asked_type;
     int ranks = 1, context = 8192;
     bool verify = false, as_json = false;
     DeviceName device_name;
-    args.add("M", path, "model, an .l3 file");
+    args.add("M", path, "model, an .l3 file (the demo model)", {1});
+    args.add("-m, --model M", path, "the same", {1});
     args.add("--synthetic NAME", synthetic, std::string("instead, a shape: ") + released_names);
     args.add("--type FORMAT", asked_type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
     args.add("--verify", verify, "read everything and compare all checksums");
@@ -71,15 +72,14 @@ int main(int argc, char** argv) {
     args.add("--device D", device_name, "cpu, cuda or cuda:1: whose memory is planned (cpu)");
     args.add("--json", as_json, "print one JSON object");
     args.parse(argc, argv);
-    if (path.empty() && synthetic.empty()) args.wrong("M", "a model is needed", "none", "an .l3 file or --synthetic NAME");
     if (!path.empty() && !synthetic.empty()) args.wrong("M", "one model at a time", "M and --synthetic", "one of them");
     if (asked_type && synthetic.empty()) args.wrong("--type", "a file has its type", "no --synthetic", "--synthetic NAME");
-    if (verify && path.empty()) args.wrong("--verify", "a shape has no checksums", "--synthetic", "a file");
+    if (verify && !synthetic.empty()) args.wrong("--verify", "a shape has no checksums", "--synthetic", "a file");
     const llama3::Format type = asked_type.value_or(llama3::Format::q8);
 
     return run_once([&] {
         std::optional<llama3::Model> model;
-        if (synthetic.empty()) model = llama3::Model::load(path);
+        if (synthetic.empty()) model = llama3::Model::load(path.empty() ? path = demo_model() : path);
         const llama3::Config config = model ? model->config() : released(synthetic);
         const std::vector<llama3::TensorInfo> tensors = model ? model->tensors() : std::vector<llama3::TensorInfo>();
         if (verify) model->verify();
@@ -102,9 +102,8 @@ int main(int argc, char** argv) {
             return Plan{options.context, kv, model ? model->plan(options) : llama3::plan_memory(config, type, options)};
         };
         std::vector<Plan> plans;
-        for (int positions = 1024; positions <= 131072; positions *= 2)
-            for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8})
-                if (positions / 2 < config.context_length) plans.push_back(plan(positions, kv, ranks));
+        for (int positions = 1024; positions / 2 < config.context_length; positions *= 2)
+            for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8}) plans.push_back(plan(positions, kv, ranks));
         // What one of several ranks needs; nothing where that many cannot share the model.
         std::vector<std::pair<int, std::optional<Plan>>> on_cards;
         for (const int r : rank_counts) try {
@@ -175,7 +174,7 @@ int main(int argc, char** argv) {
             std::string line;
             for (std::istringstream lines(model->provenance()); std::getline(lines, line);) std::cout << "  " << line << '\n';
         }
-        const auto megabytes = [](std::uint64_t bytes) { return (bytes + 1048575) / 1048576; };
+        const auto megabytes = [](std::uint64_t bytes) { return (bytes + 999999) / 1000000; };
         std::cout << "\nMemory for one session" << (ranks > 1 ? ", of each of " + std::to_string(ranks) + " ranks" : "") << " ("
                   << (device_name.name == "cpu" ? "this machine" : device_name.name) << " has "
                   << (memory == 0 ? "?" : gigabytes(static_cast<double>(memory)))

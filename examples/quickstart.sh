@@ -1,9 +1,9 @@
 #!/bin/sh
-# Chats with the demo model, from nothing: sh examples/quickstart.sh
+# Chats with the demo model, from nothing: sh examples/quickstart.sh. With another model: sh examples/quickstart.sh -m model.l3
 # Installs a compiler if there is none (Debian, Ubuntu), builds chat with one command, runs it. Arguments go to chat (--help).
 # Works with a pipe too: printf 'Hello\n' | sh examples/quickstart.sh
 set -eu
-cd "$(dirname "$0")/.."
+source=$(cd "$(dirname "$0")/.." && pwd)
 say() { printf '%s\n' "$*" >&2; }
 
 compiler=${CXX:-g++}
@@ -20,14 +20,15 @@ if ! command -v "$compiler" >/dev/null 2>&1; then
     compiler=g++
 fi
 
-mkdir -p build/quickstart
-chat=build/quickstart/chat
-if [ ! -x $chat ] || [ -n "$(find llama3.hpp examples/*.hpp examples/chat.cpp examples/quickstart.sh -newer $chat)" ]; then
+chat=$source/build/quickstart/chat
+mkdir -p "${chat%/*}"
+if [ ! -x "$chat" ] || [ -n "$(find "$source/llama3.hpp" "$source/examples" -newer "$chat")" ]; then
     editing=
     if printf '#include <histedit.h>\n' | "$compiler" -x c++ -fsyntax-only - 2>/dev/null; then editing="-DLLAMA3_LIBEDIT -ledit"; fi
     say "Building chat (about half a minute) ..."
     # The libraries come after the source; $editing is meant to be split.
-    "$compiler" -std=c++20 -O2 -fopenmp -I. -DLLAMA3_IMPLEMENTATION -DLLAMA3_SOURCE_DIR="\"$PWD\"" examples/chat.cpp -o $chat.new $editing >&2
-    mv $chat.new $chat
+    "$compiler" -std=c++20 -O2 -fopenmp -I"$source" -DLLAMA3_IMPLEMENTATION -DLLAMA3_SOURCE_DIR="\"$source\"" \
+        "$source/examples/chat.cpp" -o "$chat.new" $editing >&2
+    mv "$chat.new" "$chat"
 fi
-exec $chat "$@"
+exec "$chat" "$@"
