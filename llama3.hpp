@@ -98,8 +98,6 @@ namespace llama3 {
 struct Config;
 struct Weights;
 class Device;
-class Backend;
-class KVCache;
 class Communicator;
 class Sampler;
 struct Generated;
@@ -347,7 +345,7 @@ struct GenerateOptions {
     bool logits = true;       // false: Generated::logits is empty; a GPU then draws by itself and sends only the token
 };
 // Feeds the prompt (none: goes on from the session's logits), then draws tokens until one of Finish. The callback sees each
-// token before it is fed, the end token too, which has no text. Every token that was drawn is fed, so the session continues
+// token before it is fed, the end token too, which has no text of its own. Every token that was drawn is fed, so the session continues
 // where the text ends; except the last one of a full context, and one that is on its way when the session is cancelled.
 Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler, const GenerateOptions& options,
                 const std::function<bool(const Generated&)>& on_token);
@@ -391,7 +389,7 @@ public:
     // Adds the user's message, streams the answer (whole characters) and returns it. If the callback returns false or the
     // session is cancelled, the answer ends there and the conversation goes on from it.
     std::string say(std::string_view text, const std::function<bool(std::string_view)>& on_text = {});
-    // The same with any message, for instance a tool's result: {"ipython", "{\"result\": 7}"}.
+    // The same with any message, for instance a tool's result: Message{"ipython", "{\"result\": 7}"}.
     std::string say(Message message, const std::function<bool(std::string_view)>& on_text = {});
 
     const std::vector<Message>& messages() const { return messages_; }
@@ -437,28 +435,22 @@ struct Config {
     std::vector<int> end_tokens{};  // at most 8
 };
 
-// Formats: X(name, columns per unit, bytes per unit of a panel). See convert/FORMAT.md, section 5.
-#define LLAMA3_FORMATS(X) \
-    X(f32, 1, 64)         \
-    X(bf16, 2, 64)        \
-    X(q8, 64, 1088)       \
-    X(q4, 64, 576)
-
 inline constexpr int panel_rows = 16;          // output rows per panel: one lane each
 inline constexpr int block_columns = 32;       // q8, q4: columns that share a scale
 inline constexpr int attention_segment = 512;  // positions per softmax segment
 inline constexpr int max_segments = 8;         // of attention_out and down
 
-constexpr int unit_columns(Format format) {
-#define LLAMA3_X(name, columns, bytes) format == Format::name ? columns:
-    return LLAMA3_FORMATS(LLAMA3_X) 0;
-#undef LLAMA3_X
-}
-constexpr std::size_t unit_bytes(Format format) {
-#define LLAMA3_X(name, columns, bytes) format == Format::name ? bytes:
-    return LLAMA3_FORMATS(LLAMA3_X) 0;
-#undef LLAMA3_X
-}
+// By Format. See convert/FORMAT.md, section 5.
+struct FormatInfo {
+    const char* name;
+    int unit_columns;        // columns of a unit
+    std::size_t unit_bytes;  // bytes of a unit of a panel
+};
+inline constexpr FormatInfo format_infos[] = {
+    {"f32", 1, 64}, {"bf16", 2, 64}, {"q8", 64, 1088}, {"q4", 64, 576}, {"unknown", 0, 0}};
+constexpr const FormatInfo& format_info(Format f) { return format_infos[f <= Format::q4 ? static_cast<int>(f) : 4]; }
+constexpr int unit_columns(Format format) { return format_info(format).unit_columns; }
+constexpr std::size_t unit_bytes(Format format) { return format_info(format).unit_bytes; }
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Activations: rows of float32 in the memory of the back end. Rows are padded with zeros to a multiple of 64 columns.
@@ -656,8 +648,6 @@ void join_ranks(float* out, std::span<const float* const> parts, std::size_t n);
 #undef max
 
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cfloat>
@@ -1683,7 +1673,8 @@ std::string TextStream::finish() {
 //
 // A Session turns ids into logits, a Sampler logits into an id, generate() does both in turn, and a Chat wraps messages in the
 // special tokens that a model was trained with. A seed gives the same text everywhere: generator and arithmetic are our own.
-// A new chat format goes into detail::render_chat; a new filter of the sampler between the others in Sampler::sample.
+// A new chat format goes into detail::render_chat; a new filter of the sampler into detail::draw_token, into its twin in
+// kernels.cuh (K9), and into LeadBackend::draw, which passes on as many candidates as the filters can need.
 
 namespace llama3 {
 
@@ -1785,16 +1776,20 @@ void bring_logits(Session::Impl& session) {
     session.logits.assign(logits.begin(), logits.end());
 }
 
-void feed(Session::Impl& session, std::span<const int> tokens, const std::function<void(int, std::span<const float>)>* each) {
+// False where a cancel() stopped it, which takes the cancel back. `lazy`: the logits stay on the device, for a token that is drawn
+// there; that one step is not cancelled once it has begun, since the logits before it are lost.
+bool feed(Session::Impl& session, std::span<const int> tokens,
+          const std::function<void(int, std::span<const float>)>* each = nullptr, bool lazy = false) {
     const char* where = "Session::feed";
     const InUse in_use = use(session.busy, where);
     check_tokens(session, tokens, where);
-    bring_logits(session);
+    if (!lazy) bring_logits(session);
     if (tokens.empty() && session.logits.empty())
         fail(Code::argument, where, "there are no logits to go on from", "0 tokens", "at least 1",
              "Feed the begin token at least");
-    if (session.cancel) fail_cancelled(session, where);
-    if (tokens.empty()) return;
+    if (session.cancel.exchange(false)) return false;
+    if (tokens.empty()) return true;
+    if (lazy) session.logits.clear();
     session.backend_row = -1;  // the back end's rows are another call's from here on, whether or not this one succeeds
 
     const int position = static_cast<int>(session.tokens.size()), count = static_cast<int>(tokens.size());
@@ -1806,24 +1801,13 @@ void feed(Session::Impl& session, std::span<const int> tokens, const std::functi
         rows.clear();
         for (int i = first; i < count && i < first + chunk; ++i)
             rows.push_back({tokens[static_cast<std::size_t>(i)], position + i, session.cache.get(), each || i + 1 == count});
-        if (!session.backend->step({rows}, &session.cancel)) fail_cancelled(session, where);
+        if (!session.backend->step({rows}, lazy ? nullptr : &session.cancel)) return session.cancel = false;
         for (int i = 0; each && i < static_cast<int>(rows.size()); ++i) (*each)(first + i, session.backend->logits(i));
     }
     const int row = each ? static_cast<int>(rows.size()) - 1 : 0;
-    commit(session, tokens, session.backend->logits(row));
+    commit(session, tokens, lazy ? std::span<const float>() : session.backend->logits(row));
     session.backend_row = row;
-}
-
-// Feeds a token whose logits stay on the device, for a token that is drawn there. It cannot be cancelled: it is one step.
-void feed_on_device(Session::Impl& session, int token) {
-    const char* where = "generate";
-    const InUse in_use = use(session.busy, where);
-    check_tokens(session, {&token, 1}, where);
-    const Row row{token, static_cast<int>(session.tokens.size()), session.cache.get(), true};
-    session.logits.clear(), session.backend_row = -1;  // where the step fails
-    session.backend->step({{&row, 1}}, nullptr);
-    session.tokens.push_back(token);
-    session.backend_row = 0;
+    return true;
 }
 
 }  // namespace detail
@@ -1843,12 +1827,13 @@ Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
 
 std::span<const float> Session::feed(std::span<const int> tokens) {
-    detail::feed(detail::alive(impl_, "Session::feed"), tokens, nullptr);
+    if (!detail::feed(detail::alive(impl_, "Session::feed"), tokens)) detail::fail_cancelled(*impl_, "Session::feed");
     return impl_->logits;
 }
 
 void Session::feed(std::span<const int> tokens, const std::function<void(int, std::span<const float>)>& each) {
-    detail::feed(detail::alive(impl_, "Session::feed"), tokens, each ? &each : nullptr);
+    if (!detail::feed(detail::alive(impl_, "Session::feed"), tokens, each ? &each : nullptr))
+        detail::fail_cancelled(*impl_, "Session::feed");
 }
 
 void Session::feed_together(std::span<Session* const> sessions, std::span<const int> tokens) {
@@ -2058,6 +2043,9 @@ int Sampler::sample(Session& session) {
         }
     }
     s.drawn_on_device = false;
+    if (session.logits().empty())
+        detail::fail(Code::argument, "Sampler::sample", "there are no logits to draw from", "none", "those of a token",
+                     "Feed a token first");
     return sample(session.logits(), session.tokens());
 }
 
@@ -2080,21 +2068,9 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
     detail::check_range("GenerateOptions::max_tokens", options.max_tokens, options.max_tokens >= -1, "-1, 0 or more");
     const Tokenizer tokenizer = session.model().tokenizer();
     TextStream stream(tokenizer);
-    const auto feed = [&](std::span<const int> tokens) {  // false if cancelled
-        try {
-            session.feed(tokens);
-            return true;
-        } catch (const Error& error) {
-            if (error.code() != Code::cancelled) throw;
-            return false;
-        }
-    };
-    if (!feed(prompt)) return Finish::cancelled;
+    if (!detail::feed(*session.impl_, prompt)) return Finish::cancelled;
     for (int drawn = 0; drawn != options.max_tokens; ++drawn) {
-        if (session.cancelled()) {
-            session.reset_cancel();
-            return Finish::cancelled;
-        }
+        if (session.impl_->cancel.exchange(false)) return Finish::cancelled;
         const int token = sampler.sample(session);
         const bool end = !options.ignore_end && tokenizer.is_end(token), full = session.position() == session.context();
         std::string text = stream.push(token);
@@ -2104,8 +2080,8 @@ Finish generate(Session& session, std::span<const int> prompt, Sampler& sampler,
         if (session.position() != position)
             detail::fail(Code::argument, "generate", "the callback changed its session",
                          detail::to_text({session.position(), " tokens"}), position, "Change it between two calls");
-        if (!full && !options.logits && session.impl_->drawn_on_device) detail::feed_on_device(*session.impl_, token);
-        else if (!full && !feed({&token, 1})) return Finish::cancelled;
+        const bool lazy = !options.logits && session.impl_->drawn_on_device;
+        if (!full && !detail::feed(*session.impl_, {&token, 1}, nullptr, lazy)) return Finish::cancelled;
         if (end) return Finish::end_token;
         if (!go_on) return Finish::stopped;
         if (full) return Finish::context;
@@ -2312,7 +2288,7 @@ std::string Chat::say(Message message, const std::function<bool(std::string_view
 // ═══ §8  Number formats ════════════════════════════════════════════════════════════════════════════════════════════════════════
 //
 // What a stored value is, one struct per format: `encode` fills one unit of a panel (16 rows x unit_columns) from floats,
-// `decode` gives back one value of it. To add a format: a struct here, a line in LLAMA3_FORMATS (§2), a tile in §9, a decoder
+// `decode` gives back one value of it. To add a format: a struct here, a line in format_infos (§2), a tile in §9, a decoder
 // in kernels.cuh. The layout of the units is convert/FORMAT.md, section 5.
 
 namespace llama3 {
@@ -2529,21 +2505,14 @@ void round_trip(Format format, float* to, const float* from, int n) {
 
 }  // namespace detail
 
-const char* format_name(Format format) {
-#define LLAMA3_X(name, columns, bytes) \
-    if (format == Format::name) return #name;
-    LLAMA3_FORMATS(LLAMA3_X)
-#undef LLAMA3_X
-    return "unknown";
-}
+const char* format_name(Format format) { return format_info(format).name; }
 
 Format format_from_name(std::string_view name) {
     std::string known;
-#define LLAMA3_X(id, columns, bytes)    \
-    if (name == #id) return Format::id; \
-    known += " " #id;
-    LLAMA3_FORMATS(LLAMA3_X)
-#undef LLAMA3_X
+    for (const Format format : {Format::f32, Format::bf16, Format::q8, Format::q4}) {
+        if (name == format_name(format)) return format;
+        known += std::string(" ") + format_name(format);
+    }
     detail::fail(Code::argument, "format", "unknown name", "'" + std::string(name) + "'", "one of" + known,
                  "Choose one of these");
 }
@@ -3847,9 +3816,9 @@ void attend_row(const Attention& a, int segment, float* mix) {
                     for (int v = 0; v < vectors; ++v) {
                         const std::size_t channel = static_cast<std::size_t>(v * lanes);
                         if (channel * element % 64 == 0) __builtin_prefetch(values + channel * element + ahead);
-                        float scale = 0;
-                        if constexpr (kv == Format::q8) scale = scales[(p - begin) * groups + (c + channel) / block_columns];
-                        x[v] = load_cached<kv>(values, channel, splat(scale));
+                        float factor = 0;
+                        if constexpr (kv == Format::q8) factor = scales[(p - begin) * groups + (c + channel) / block_columns];
+                        x[v] = load_cached<kv>(values, channel, splat(factor));
                     }
                     LLAMA3_UNROLL
                     for (int h = 0; h < heads; ++h) LLAMA3_UNROLL
@@ -6037,6 +6006,9 @@ std::string write_table(const std::vector<TensorInfo>& tensors) {
 }
 
 std::vector<TensorInfo> tensors_of_type(const Config& config, Format format) {
+    if (unit_columns(format) == 0)
+        fail(Code::argument, "format", "it is unknown", static_cast<std::uint32_t>(format), "f32, bf16, q8 or q4",
+             "Choose one of these");
     std::vector<TensorInfo> tensors = required_tensors(config);
     for (TensorInfo& t : tensors) {
         const bool sensitive = format == Format::q4 && (t.name == "embedding" || t.name == "output");  // FORMAT.md, section 8
@@ -6116,9 +6088,6 @@ void random_panels(const TensorInfo& t, std::byte* bytes, std::uint64_t& state) 
 // A file of random weights. Segments, begin and end tokens are set here, whatever the configuration says.
 AlignedBuffer synthetic_image(Config c, Format format, std::uint64_t seed, bool checksums) {
     const FloatEnvironment environment;
-    if (unit_columns(format) == 0)
-        fail(Code::argument, "Model::synthetic", "the format is unknown", static_cast<std::uint32_t>(format),
-             "f32, bf16, q8 or q4", "Choose one of these");
     const Check check{"synthetic model", choose_another, Code::argument};
     check.range("the vocabulary", c.vocab_size, 266, 1 << 24);  // 256 bytes and the special tokens up to <|eot_id|>
     const Vocabulary vocabulary = synthetic_vocabulary(c.vocab_size);

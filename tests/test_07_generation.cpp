@@ -33,6 +33,7 @@ struct Fake {
     int logits_rows = 0;                  // that were asked for
     std::function<void(int)> before_row;  // called with the number of rows computed so far
     int rows = 0;
+    bool draws = false;  // draws by itself, the most likely token
 };
 
 class FakeCache : public KVCache {
@@ -53,6 +54,10 @@ public:
     int max_rows() const override { return fake_->max_rows; }
     std::string describe() const override { return "fake"; }
     std::span<const float> logits(int i) const override { return logits_.at(static_cast<std::size_t>(i)); }
+    int draw(int i, const Sampling&, std::uint64_t) override {
+        const std::span<const float> row = logits(i);
+        return fake_->draws ? static_cast<int>(std::max_element(row.begin(), row.end()) - row.begin()) : -1;
+    }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
         fake_->batches.push_back(batch.size());
         logits_.clear();
@@ -762,6 +767,42 @@ TEST_CASE("cancelling ends a generation in its prompt, between tokens and in a t
           Finish::length);
 }
 
+TEST_CASE("a cancel at the last token is consumed, and the token not fed, wherever tokens are drawn") {
+    for (const bool draws : {false, true}) {
+        Setup setup(scripted(2, Ids{3, 4, 5, 6}));
+        setup.fake->draws = draws;
+        Sampler sampler(greedy);
+        Session session = setup.session();
+        int count = 0;
+        CHECK(generate(session, Ids{1, 2}, sampler, {.max_tokens = 3, .logits = false}, [&](const Generated&) {
+                  if (++count == 3) session.cancel();
+                  return true;
+              }) == Finish::cancelled);
+        CHECK(copy(session.tokens()) == Ids{1, 2, 3, 4});
+        CHECK_FALSE(session.cancelled());
+        CHECK(generate(session, {}, sampler, {.max_tokens = 2, .logits = false}, {}) == Finish::length);
+        CHECK(copy(session.tokens()) == Ids{1, 2, 3, 4, 5, 6});
+    }
+}
+
+TEST_CASE("a sampler without logits says that a token must be fed, and damaged ones are told from none") {
+    Setup setup(scripted(1, Ids{3}));
+    Session session = setup.session();
+    Sampler sampler(greedy);
+    const auto message = [&] {
+        try {
+            return std::to_string(sampler.sample(session));
+        } catch (const Error& error) {
+            return std::string(error.what());
+        }
+    };
+    CHECK(message().find("Feed a token first") != std::string::npos);
+    session.feed(Ids{1});
+    CHECK(message() == "3");
+    session.rewind(0);
+    CHECK(message().find("Feed a token first") != std::string::npos);
+}
+
 TEST_CASE("an exception from the callback passes through and leaves the session usable") {
     Setup setup(scripted(2, Ids{3, 4, 5}));
     Session session = setup.session();
@@ -1000,7 +1041,7 @@ TEST_CASE("a tool's result keeps the turn that it belongs to") {
     Chat chat = make_chat(setup);
     for (int i = 0; i < 4; ++i) chat.say("question number " + std::to_string(i));
     chat.say("call it");
-    while (chat.restarts() == 0) chat.say(Message{"ipython", "a result of some length"});
+    while (chat.restarts() == 0) chat.say(Message{"ipython", "a result of some length"});  // as the header's example says it
     CHECK(chat.messages()[0].role == "user");
     CHECK(contains(all(chat.messages()), "user:call it|assistant:"));
     while (chat.restarts() == 1) chat.say(Message{"ipython", "a result of some length"});

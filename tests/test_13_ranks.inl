@@ -254,6 +254,7 @@ TEST_SUITE("core: ranks") {
             CHECK(plan.cache_bytes * static_cast<std::uint64_t>(ranks) == model.plan(on_ranks(1)).cache_bytes);
         }
         CHECK_THROWS_AS(plan_memory(config, Format::q8, on_ranks(5)), Error);
+        CHECK_THROWS_AS(plan_memory(config, static_cast<Format>(9), on_ranks(1)), Error);
     }
 
     TEST_CASE("join_ranks adds neighbours, then pairs of them, whatever the number of ranks") {
