@@ -2483,7 +2483,7 @@ float quantise_group(const float* x, std::int8_t* bytes) {
     for (int i = 0; i < block_columns; ++i) largest = std::max(largest, std::bit_cast<std::uint32_t>(x[i]) & 0x7fffffffu);
     const bool finite = largest < 0x7f800000u;
     const float magnitude = finite ? std::bit_cast<float>(largest) : 0.0f;
-    // below 2^-100 the inverse would overflow: such a group counts as zero
+    // a group whose bytes would stand for less than the smallest scale counts as zero
     const float inverse = magnitude > 7.9e-31f ? 127 / magnitude : 0.0f;
     constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
     for (int i = 0; i < block_columns; ++i) {
@@ -2524,8 +2524,8 @@ Format format_from_name(std::string_view name) {
 // Every loop that counts, written once (§9b) over a handful of vector functions (§9a), and compiled once per instruction set:
 // the header includes itself with LLAMA3_KERNELS set to the name of the set, inside a region where the compiler may use it. A
 // lane is an output row (products), a position (scores) or a channel (the mix of values), never a piece of one sum: that is why
-// the width of the vectors does not show in the results. To add an instruction set: a block in §9a and an entry at the end of
-// §9.
+// the width of the vectors does not show in the results. To add an instruction set: an entry before §9a, a block in it, and a line
+// in §10.
 
 namespace llama3 {
 namespace detail {
@@ -2620,19 +2620,19 @@ inline std::size_t room_bytes(int columns) {  // chains and unpacked weights, or
 
 // Bytes of an element of the cache, head width as it is stored for values, and groups of channels that share a scale.
 constexpr std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
-inline int padded_width(int head_dim) { return static_cast<int>(round_up(head_dim, 16)); }
-inline int scale_groups(int head_dim) { return (head_dim + block_columns - 1) / block_columns; }
+inline std::size_t padded_width(int head_dim) { return static_cast<std::size_t>(round_up(head_dim, 16)); }
+inline std::size_t scale_groups(int head_dim) { return static_cast<std::size_t>(round_up(head_dim, block_columns) / block_columns); }
 
 // Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
 // rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
 constexpr int attention_chunk = 64, attention_queries = 96, score_stride = attention_segment + 16;
-inline int attention_width(int head_dim) { return static_cast<int>(round_up(head_dim, 64)); }
+inline std::size_t attention_width(int head_dim) { return static_cast<std::size_t>(round_up(head_dim, 64)); }
 inline std::size_t mix_floats(int queries, int head_dim) {
-    return static_cast<std::size_t>(round_up(queries * (attention_width(head_dim) + 2), 16));
+    return static_cast<std::size_t>(round_up(queries * (round_up(head_dim, 64) + 2), 16));
 }
 inline std::size_t attention_floats(int queries, int head_dim) {
     const int rows = 1 + (head_dim + attention_segment - 1) / attention_segment;  // scores, and a query in parts
-    return static_cast<std::size_t>(queries * rows * score_stride + attention_chunk * attention_width(head_dim));
+    return static_cast<std::size_t>(queries * rows * score_stride) + attention_chunk * attention_width(head_dim);
 }
 
 }  // namespace detail
@@ -2671,8 +2671,6 @@ inline std::size_t attention_floats(int queries, int head_dim) {
 #define LLAMA3_KERNELS baseline
 #define LLAMA3_WIDTH 4
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
-#undef LLAMA3_WIDTH
 #pragma pop_macro("LLAMA3_UNROLL")
 
 // mingw's GCC misaligns wide spills. LLAMA3_BASELINE_ONLY: for builds that are about something else, in half the time.
@@ -2684,8 +2682,6 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c")
 #define LLAMA3_KERNELS avx2
 #define LLAMA3_WIDTH 8
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
-#undef LLAMA3_WIDTH
 LLAMA3_TARGET_END
 
 // Intel's desktop chips since Alder Lake (2021), which lack AVX-512
@@ -2695,10 +2691,6 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
 #define LLAMA3_WIDTH 8
 #define LLAMA3_VNNI 1
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
-#undef LLAMA3_LIKE
-#undef LLAMA3_WIDTH
-#undef LLAMA3_VNNI
 LLAMA3_TARGET_END
 
 // Intel Ice Lake (2019), AMD Zen 4 (2022) and later
@@ -2707,20 +2699,16 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #define LLAMA3_WIDTH 16
 #define LLAMA3_VNNI 1
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
 LLAMA3_TARGET_END
 
 // Intel Cooper Lake and Sapphire Rapids, AMD Zen 4 and later
 LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LLAMA3_KERNELS avx512_bf16
 #define LLAMA3_LIKE avx512
+#define LLAMA3_WIDTH 16
+#define LLAMA3_VNNI 1
 #define LLAMA3_BF16 1
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
-#undef LLAMA3_LIKE
-#undef LLAMA3_WIDTH
-#undef LLAMA3_VNNI
-#undef LLAMA3_BF16
 LLAMA3_TARGET_END
 
 #if defined(__linux__)
@@ -2729,8 +2717,6 @@ LLAMA3_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni
 #define LLAMA3_KERNELS amx
 #define LLAMA3_AMX 1
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
-#undef LLAMA3_AMX
 LLAMA3_TARGET_END
 #endif
 
@@ -2742,11 +2728,10 @@ LLAMA3_TARGET_END
 #endif
 
 // Every aarch64: Cortex-A53, A72
-#define LLAMA3_NEON 1
 #define LLAMA3_KERNELS neon
+#define LLAMA3_NEON 1
 #define LLAMA3_WIDTH 4
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
 
 // Cortex-A55 and A75 (2017), Neoverse, Apple's since A13 and M1, and later
 #if defined(__clang__)
@@ -2757,12 +2742,10 @@ LLAMA3_TARGET_BEGIN("+dotprod")
 LLAMA3_TARGET_BEGIN("arch=armv8.2-a+crypto+dotprod")
 #endif
 #define LLAMA3_KERNELS neon_dotprod
+#define LLAMA3_NEON 1
+#define LLAMA3_WIDTH 4
 #define LLAMA3_DOTPROD 1
 #include "llama3.hpp"
-#undef LLAMA3_KERNELS
-#undef LLAMA3_WIDTH
-#undef LLAMA3_NEON
-#undef LLAMA3_DOTPROD
 LLAMA3_TARGET_END
 
 #if !defined(__clang__)
@@ -2791,7 +2774,8 @@ namespace LLAMA3_KERNELS {
 
 using F = __m512;
 using I = __m512i;
-constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128, fetched_ahead = 4352;
+constexpr int lanes = 16, tile_tokens = 7, few_tokens = 8, tile_panels = 2, signed_bias = 128, fetched_ahead = 4352,
+              reads_rows = 1;
 LLAMA3_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 LLAMA3_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm512_set1_ps(x); }
@@ -2815,23 +2799,8 @@ LLAMA3_INLINE F load_bytes(const std::byte* p) {
 LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm512_loadu_si512(p); }
 LLAMA3_INLINE void store_bits(std::byte* p, I x) { _mm512_storeu_si512(p, x); }
 LLAMA3_INLINE I splat_int(int x) { return _mm512_set1_epi32(x); }
-LLAMA3_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 LLAMA3_INLINE I to_int(F x) { return _mm512_cvttps_epi32(x); }
-LLAMA3_INLINE I and_bits(I a, I b) { return _mm512_and_si512(a, b); }
-LLAMA3_INLINE I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
-LLAMA3_INLINE I sub_int(I a, I b) { return _mm512_sub_epi32(a, b); }
 LLAMA3_INLINE I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
-template <int n>
-LLAMA3_INLINE I shift_left(I x) {
-    return _mm512_slli_epi32(x, n);
-}
-template <int n>
-LLAMA3_INLINE I shift_right(I x) {
-    return _mm512_srai_epi32(x, n);
-}
-LLAMA3_INLINE F as_float(I x) { return _mm512_castsi512_ps(x); }
-LLAMA3_INLINE I as_int(F x) { return _mm512_castps_si512(x); }
-LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm512_storeu_si512(p, x); }
 LLAMA3_INLINE int sum_of(I x) { return _mm512_reduce_add_epi32(x); }
 LLAMA3_INLINE int max_of(I x) { return _mm512_reduce_max_epi32(x); }
 LLAMA3_INLINE void store_bytes(std::int8_t* p, I x) {
@@ -2851,7 +2820,7 @@ LLAMA3_INLINE F dot_bf16(F sum, I w, I x) { return _mm512_dpbf16_ps(sum, (__m512
 
 using F = __m256;
 using I = __m256i;
-constexpr int lanes = 8, tile_panels = 1;
+constexpr int lanes = 8, tile_panels = 1, reads_rows = 1;
 LLAMA3_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 LLAMA3_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 LLAMA3_INLINE F splat(float x) { return _mm256_set1_ps(x); }
@@ -2873,23 +2842,8 @@ LLAMA3_INLINE F load_bytes(const std::byte* p) {
 LLAMA3_INLINE I load_bits(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 LLAMA3_INLINE void store_bits(std::byte* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 LLAMA3_INLINE I splat_int(int x) { return _mm256_set1_epi32(x); }
-LLAMA3_INLINE F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 LLAMA3_INLINE I to_int(F x) { return _mm256_cvttps_epi32(x); }
-LLAMA3_INLINE I and_bits(I a, I b) { return _mm256_and_si256(a, b); }
-LLAMA3_INLINE I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
-LLAMA3_INLINE I sub_int(I a, I b) { return _mm256_sub_epi32(a, b); }
 LLAMA3_INLINE I max_int(I a, I b) { return _mm256_max_epi32(a, b); }
-template <int n>
-LLAMA3_INLINE I shift_left(I x) {
-    return _mm256_slli_epi32(x, n);
-}
-template <int n>
-LLAMA3_INLINE I shift_right(I x) {
-    return _mm256_srai_epi32(x, n);
-}
-LLAMA3_INLINE F as_float(I x) { return _mm256_castsi256_ps(x); }
-LLAMA3_INLINE I as_int(F x) { return _mm256_castps_si256(x); }
-LLAMA3_INLINE void store_int(std::int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 LLAMA3_INLINE int sum_of(I x) {
     __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
@@ -2959,35 +2913,20 @@ LLAMA3_INLINE I load_bits(const std::byte* p) {
 }
 LLAMA3_INLINE void store_bits(std::byte* p, I x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE I splat_int(int x) { return I{x, x, x, x}; }
-LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
-LLAMA3_INLINE I and_bits(I a, I b) { return a & b; }
-LLAMA3_INLINE I add_int(I a, I b) { return (I)((U)a + (U)b); }
-LLAMA3_INLINE I sub_int(I a, I b) { return (I)((U)a - (U)b); }
 LLAMA3_INLINE I max_int(I a, I b) {
     const I greater = a > b;
     return (a & greater) | (b & ~greater);
 }
-template <int n>
-LLAMA3_INLINE I shift_left(I x) {
-    return (I)((U)x << n);
-}
-template <int n>
-LLAMA3_INLINE I shift_right(I x) {
-    return x >> n;
-}
-LLAMA3_INLINE F as_float(I x) { return (F)x; }
-LLAMA3_INLINE I as_int(F x) { return (I)x; }
-LLAMA3_INLINE void store_int(std::int32_t* p, I x) { std::memcpy(p, &x, 16); }
 LLAMA3_INLINE I high_nibbles(I x) { return (I)((B)x >> 4); }
 LLAMA3_INLINE I low_nibbles(I x) { return x & splat_int(0x0f0f0f0f); }
 LLAMA3_INLINE I flip_signs(I x) { return x; }  // both sides of dot_bytes are signed here
 #ifdef LLAMA3_NEON
-constexpr int tile_tokens = 4, few_tokens = 4;
+constexpr int tile_tokens = 4, few_tokens = 4, reads_rows = 1;
 LLAMA3_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 LLAMA3_INLINE F load_fp16(const std::uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 LLAMA3_INLINE F load_bf16(const std::byte* p) { return (F)((U)vmovl_u16(vcreate_u16(load_as<std::uint64_t>(p))) << 16); }
 LLAMA3_INLINE F load_bytes(const std::byte* p) {
-    return to_float(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_as<std::uint32_t>(p))))));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load_as<std::uint32_t>(p))))));
 }
 LLAMA3_INLINE I to_int(F x) { return vcvtq_s32_f32(x); }  // lanes out of range differ from the other sets': exp() drops them
 LLAMA3_INLINE int sum_of(I x) { return vaddvq_s32(x); }
@@ -3010,7 +2949,7 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {  // a pair of products is at most 2
 }
 #endif
 #else
-constexpr int tile_tokens = 2, few_tokens = 2;
+constexpr int tile_tokens = 2, few_tokens = 2, reads_rows = 0;  // fma takes the time, not reading the cache twice
 __attribute__((noinline)) static F fma(F a, F b, F c) {
     F y;
     for (int i = 0; i < 4; ++i) y[i] = detail::fma(a[i], b[i], c[i]);
@@ -3051,6 +2990,16 @@ LLAMA3_INLINE I dot_bytes(I sum, I w, I x) {
 
 #endif
 
+// What all sets say in the compiler's own notation.
+typedef std::int32_t S __attribute__((vector_size(4 * lanes)));
+typedef std::uint32_t U __attribute__((vector_size(4 * lanes)));
+LLAMA3_INLINE F to_float(I x) { return __builtin_convertvector((S)x, F); }
+LLAMA3_INLINE F as_float(I x) { return (F)x; }
+LLAMA3_INLINE I as_int(F x) { return (I)x; }
+LLAMA3_INLINE I add_int(I a, I b) { return (I)((U)a + (U)b); }
+LLAMA3_INLINE I sub_int(I a, I b) { return (I)((U)a - (U)b); }
+LLAMA3_INLINE I shift_left(I x, int n) { return (I)((U)x << n); }
+LLAMA3_INLINE I shift_right(I x, int n) { return (I)((S)x >> n); }
 LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::int32_t>(p)); }
 
 // add_dot: sum += w · x over the four columns of each lane. A sum over biased weights begins at `start`, which takes the bias
@@ -3079,19 +3028,14 @@ LLAMA3_INLINE F exp_finite(F x) {
     const F n = fma(x, splat(1.44269504088896341f), round) - round;
     const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
     F p = splat(1.0f / 5040);
-    p = fma(p, r, splat(1.0f / 720));
-    p = fma(p, r, splat(1.0f / 120));
-    p = fma(p, r, splat(1.0f / 24));
-    p = fma(p, r, splat(1.0f / 6));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
+    LLAMA3_UNROLL
+    for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(term));
 #if LLAMA3_WIDTH == 16
     p = _mm512_scalef_ps(p, n);
 #else
-    const I exponent = to_int(n), half = shift_right<1>(exponent);
-    const F first = as_float(shift_left<23>(add_int(half, splat_int(127))));
-    const F second = as_float(shift_left<23>(add_int(sub_int(exponent, half), splat_int(127))));
+    const I exponent = to_int(n), half = shift_right(exponent, 1);
+    const F first = as_float(shift_left(add_int(half, splat_int(127)), 23));
+    const F second = as_float(shift_left(add_int(sub_int(exponent, half), splat_int(127)), 23));
     p = p * first * second;
 #endif
     return where_less(x, splat(-87.33f), splat(0), p);
@@ -3109,7 +3053,10 @@ constexpr bool own_bf16 = false;
 
 #ifdef LLAMA3_LIKE  // only products differ
 using LLAMA3_LIKE::attend, LLAMA3_LIKE::join, LLAMA3_LIKE::normalise, LLAMA3_LIKE::rope, LLAMA3_LIKE::swiglu;
+constexpr int float_tile_tokens = LLAMA3_LIKE::tile_tokens;
 #else
+constexpr int float_tile_tokens = tile_tokens;
+
 // §5, rmsnorm.
 void normalise(float* out, const float* x, const float* weight, int n, float eps) {
     F sums[parts];
@@ -3145,7 +3092,7 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
     constexpr int n = block_columns / lanes;
     I largest = splat_int(0);
     LLAMA3_UNROLL
-    for (int i = 0; i < n; ++i) largest = max_int(largest, and_bits(as_int(load(x + i * lanes)), splat_int(0x7fffffff)));
+    for (int i = 0; i < n; ++i) largest = max_int(largest, as_int(load(x + i * lanes)) & splat_int(0x7fffffff));
     const std::int32_t most = max_of(largest);
     const bool finite = most < 0x7f800000;
     const float magnitude = finite ? std::bit_cast<float>(most) : 0.0f;
@@ -3163,7 +3110,7 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
     return finite ? (magnitude > 7.9e-31f ? magnitude / 127 : 0.0f) : std::numeric_limits<float>::quiet_NaN();
 }
 
-// Puts the columns of up to tile_tokens tokens in the order in which a tile reads them: f32 [column][token]; bf16
+// Puts the columns of up to `together` tokens in the order in which a tile reads them: f32 [column][token]; bf16
 // the same, rounded, or [pair of columns][token] for dot_bf16; for q8 and q4 per block [8 groups of 4 bytes][token],
 // [token] scales, [token] int32 where a sum of products begins: -bias Σ bytes.
 void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns) {
@@ -3198,9 +3145,7 @@ struct Unpacked : Type {
     static constexpr std::size_t bytes = Type::format == Format::f32 ? 64 : 64 * vectors + 128;  // of a unit
 };
 template <class Type>
-constexpr bool is_unpacked = false;
-template <class Type>
-constexpr bool is_unpacked<Unpacked<Type>> = true;
+constexpr bool is_unpacked = requires { Type::bytes; };
 
 // Bytes of a unit, and of a packed token that meet it.
 template <class Type>
@@ -3259,8 +3204,8 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h)
-            values[p][h] = as_float(odd ? and_bits(pairs[p][h], splat_int(static_cast<int>(0xffff0000u)))
-                                        : shift_left<16>(pairs[p][h]));
+            values[p][h] = as_float(odd ? pairs[p][h] & splat_int(static_cast<int>(0xffff0000u))
+                                        : shift_left(pairs[p][h], 16));
         LLAMA3_UNROLL
         for (int t = 0; t < N; ++t, x += 4) {
             const F value = splat(load_as<float>(x));
@@ -3366,8 +3311,8 @@ void unpack(const std::byte* from, int units, std::byte* out) {
             LLAMA3_UNROLL
             for (int h = 0; h < parts; ++h, out += lanes * 4) {
                 const I pairs = load_bits(from + h * lanes * 4);
-                store_bits(out, shift_left<16>(pairs));
-                store_bits(out + 64, and_bits(pairs, splat_int(static_cast<int>(0xffff0000u))));
+                store_bits(out, shift_left(pairs, 16));
+                store_bits(out + 64, pairs & splat_int(static_cast<int>(0xffff0000u)));
             }
             out += 64;
         } else {
@@ -3404,13 +3349,8 @@ void join_segment(int s, F* sums, int size, F* levels, int step) {
         for (int i = 0; i < size; ++i) sums[i] = levels[i] + sums[i];
     for (int i = 0; i < size; ++i) levels[i] = sums[i];
 }
-constexpr int last_level(int segments) { return std::bit_width(static_cast<unsigned>(segments)) - 1; }
+constexpr int last_level(int segments) { return static_cast<int>(std::bit_width(static_cast<unsigned>(segments))) - 1; }
 constexpr int join_levels = last_level(max_segments) + 1;
-
-// A tile's output arrives while the tile is computed.
-void fetch_output(const Product& product, int panel, int token, int tokens) {
-    for (int t = 0; t < tokens; ++t) __builtin_prefetch(product.output(token + t, panel), 1);
-}
 
 // Stores the sums [part, together] of a panel and the `tokens` from `token` on, or adds them to what is there.
 void put_out(const Product& product, int panel, int token, int tokens, const F* sums, int together) {
@@ -3454,7 +3394,8 @@ void multiply_tiles(const Product& product, const Tile& tile, int panel, int ste
             for (int i = 0; i < tiles; ++i) {
                 const int first = token + i * N;
                 F* const result = chains + (top * tiles + i) * size;
-                for (int p = 0; is_last && p < P; ++p) fetch_output(product, panel + p * step, first, N);
+                for (int p = 0; is_last && p < P; ++p)  // the output arrives while the tile is computed
+                    for (int t = 0; t < N; ++t) __builtin_prefetch(product.output(first + t, panel + p * step), 1);
                 tile.multiply(result, u == 0, begin, x + static_cast<std::size_t>(i) * tile_bytes, n * tile.units, tile_bytes);
                 if (ends && top > 0) join_segment(s, result, size, chains + i * size, tiles * size);
                 for (int p = 0; is_last && p < P && panel + p * step < last; ++p)
@@ -3563,9 +3504,8 @@ constexpr int attention_step = attention_vectors * lanes;
 // [position][attention_width].
 template <Format kv>
 void decode_chunk(const CacheView& cache, bool keys, int first, int count, float* to) {
-    const std::size_t width = static_cast<std::size_t>(cache.head_dim),
-                      padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
-                      groups = static_cast<std::size_t>(scale_groups(cache.head_dim));
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim), padded = padded_width(cache.head_dim),
+                      groups = scale_groups(cache.head_dim);
     // Sixteens: positions of one channel, or channels of one position. A group of them has one vector of scales.
     const std::size_t sixteens = keys ? width : padded / 16, group = keys ? block_columns : block_columns / 16,
                       stride = keys ? attention_step : 16;
@@ -3573,7 +3513,7 @@ void decode_chunk(const CacheView& cache, bool keys, int first, int count, float
         const std::size_t p = static_cast<std::size_t>(first + j);
         const std::byte* from = keys ? cache.keys : cache.values;
         float* out = keys ? to + static_cast<std::size_t>(j / attention_step * attention_step) * width + j % attention_step
-                          : to + j * attention_width(cache.head_dim);
+                          : to + static_cast<std::size_t>(j) * attention_width(cache.head_dim);
         for (std::size_t g = 0; g < groups; ++g) {
             F scales[parts];
             for (int h = 0; h < parts; ++h) {
@@ -3665,10 +3605,8 @@ __attribute__((noinline)) float exponentiate(float* row, int count, float scale,
 // One segment (§5, attend_reference): all scores, then the softmax, then the mix.
 void attend_segment(const Attention& a, int segment, float* mix) {
     const CacheView& cache = a.cache;
-    const std::size_t width = static_cast<std::size_t>(cache.head_dim),
-                      mix_width = static_cast<std::size_t>(attention_width(cache.head_dim)),
-                      padded = static_cast<std::size_t>(padded_width(cache.head_dim)),
-                      element = element_bytes(cache.format);
+    const std::size_t width = static_cast<std::size_t>(cache.head_dim), mix_width = attention_width(cache.head_dim),
+                      padded = padded_width(cache.head_dim), element = element_bytes(cache.format);
     const auto decode = cache.format == Format::f32    ? decode_chunk<Format::f32>
                         : cache.format == Format::bf16 ? decode_chunk<Format::bf16>
                                                        : decode_chunk<Format::q8>;
@@ -3739,11 +3677,6 @@ void attend_segment(const Attention& a, int segment, float* mix) {
 }
 
 constexpr int most_row_width = 256;  // of a head
-#if LLAMA3_WIDTH > 4 || defined(LLAMA3_NEON)
-constexpr bool reads_rows = true;
-#else  // where fma takes the time, reading the cache twice does not show
-constexpr bool reads_rows = false;
-#endif
 
 // The same for a single row, whose few heads use every key and value once: these go from the cache straight into registers, keys
 // from several places of memory at once (see multiply_few).
@@ -3834,7 +3767,7 @@ void attend_row(const Attention& a, int segment, float* mix) {
 }
 
 void attend(const Attention& a, int segment, float* mix) {
-    if constexpr (reads_rows)
+    if constexpr (reads_rows != 0)
         if (a.n_rows == 1 && a.cache.head_dim % 64 == 0 && a.cache.head_dim <= most_row_width) {
             if (a.cache.format == Format::f32) return attend_row<Format::f32>(a, segment, mix);
             if (a.cache.format == Format::bf16) return attend_row<Format::bf16>(a, segment, mix);
@@ -3845,8 +3778,7 @@ void attend(const Attention& a, int segment, float* mix) {
 
 // §5, attend_reference: the running softmax over segments.
 void join(const Attention& a, int segment, float* joined, const float* mix) {
-    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim),
-                      mix_width = static_cast<std::size_t>(attention_width(a.cache.head_dim)),
+    const std::size_t width = static_cast<std::size_t>(a.cache.head_dim), mix_width = attention_width(a.cache.head_dim),
                       queries = static_cast<std::size_t>(a.queries());
     for (std::size_t q = 0; q < queries; ++q) {
         float *to = joined + q * mix_width, *largest = joined + queries * mix_width + q, *total = largest + queries;
@@ -3871,12 +3803,6 @@ void join(const Attention& a, int segment, float* joined, const float* mix) {
     }
 }
 
-#endif
-
-#ifdef LLAMA3_LIKE
-constexpr int float_tile_tokens = LLAMA3_LIKE::tile_tokens;
-#else
-constexpr int float_tile_tokens = tile_tokens;
 #endif
 
 const Kernels kernels = {LLAMA3_STRING(LLAMA3_KERNELS),
@@ -3935,7 +3861,7 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
         for (std::size_t t = 0; t < n; ++t)
             for (std::size_t c = 0; c < width; c += lanes) {
                 const F value = load(x + t * stride + c);
-                const I bits = as_int(value), odd = and_bits(shift_right<16>(bits), splat_int(1));
+                const I bits = as_int(value), odd = shift_right(bits, 16) & splat_int(1);
                 const I rounded = add_int(add_int(bits, odd), splat_int(0x7fff)),
                         quiet = _mm512_or_si512(bits, splat_int(0x400000));
                 const I chosen = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), rounded, quiet);
@@ -4086,7 +4012,7 @@ void multiply_pairs(const Product& product, int panel, int step, int token, int 
         _tile_stored(2, sums[2], 64);
         _tile_stored(3, sums[3], 64);
         settle_memory();
-        join_segment(s, sums[0], P * 16, levels[0][0], P * 16);
+        join_segment(s, &sums[0][0], P * 16, &levels[0][0][0], P * 16);
     }
     for (int p = 0; p < P && panel + p * step < product.last_panel; ++p)
         put_out(product, panel + p * step, token, tokens, sums[p], 16);
@@ -4349,9 +4275,8 @@ public:
     int capacity() const override { return capacity_; }
 
     CacheView view(int layer, int head, int segment) const {
-        const std::size_t width = static_cast<std::size_t>(head_dim_),
-                          padded = static_cast<std::size_t>(padded_width(head_dim_)),
-                          groups = static_cast<std::size_t>(scale_groups(head_dim_)), element = element_bytes(format_);
+        const std::size_t width = static_cast<std::size_t>(head_dim_), padded = padded_width(head_dim_),
+                          groups = scale_groups(head_dim_), element = element_bytes(format_);
         const std::size_t first = static_cast<std::size_t>(segment) * attention_segment,
                           heads = static_cast<std::size_t>(n_kv_heads_),
                           positions = std::min<std::size_t>(attention_segment,
@@ -4371,38 +4296,30 @@ public:
     // Writes the key and value [E] of one position.
     void store(int layer, int head, int position, const float* key, const float* value) {
         const CacheView view = this->view(layer, head, position / attention_segment);
-        const std::size_t width = static_cast<std::size_t>(head_dim_),
-                          padded = static_cast<std::size_t>(padded_width(head_dim_));
-        const std::size_t groups = static_cast<std::size_t>(scale_groups(head_dim_));
+        const std::size_t width = static_cast<std::size_t>(head_dim_), padded = padded_width(head_dim_),
+                          groups = scale_groups(head_dim_);
         const std::size_t p = static_cast<std::size_t>(position % attention_segment), tile = p / 16 * width * 16 + p % 16;
-        for (std::size_t first = 0; first < width; first += block_columns) {
-            const std::size_t n = std::min<std::size_t>(block_columns, width - first);
-            if (format_ == Format::q8) {
-                std::int8_t bytes[block_columns];
-                const std::size_t group = first / block_columns;
-                view.key_scales[(p / 16 * groups + group) * 16 + p % 16] =
-                    quantise_channels(key + first, static_cast<int>(n), bytes);
-                for (std::size_t i = 0; i < n; ++i) view.keys[tile + (first + i) * 16] = static_cast<std::byte>(bytes[i]);
-                view.value_scales[p * groups + group] = quantise_channels(value + first, static_cast<int>(n), bytes);
-                std::memcpy(view.values + p * padded + first, bytes, n);
-            } else {
-                for (std::size_t i = first; i < first + n; ++i) {
-                    if (format_ == Format::bf16) {
-                        store_as(view.keys + 2 * (tile + i * 16), to_bf16(key[i]));
-                        store_as(view.values + 2 * (p * padded + i), to_bf16(value[i]));
-                    } else {
-                        store_as(view.keys + 4 * (tile + i * 16), key[i]);
-                        store_as(view.values + 4 * (p * padded + i), value[i]);
-                    }
-                }
-            }
+        const auto put = [&](std::byte* to, std::size_t i, float x) {
+            if (format_ == Format::bf16) store_as(to + 2 * i, to_bf16(x));
+            else store_as(to + 4 * i, x);
+        };
+        for (std::size_t i = 0; format_ != Format::q8 && i < width; ++i)
+            put(view.keys, tile + i * 16, key[i]), put(view.values, p * padded + i, value[i]);
+        for (std::size_t first = 0; format_ == Format::q8 && first < width; first += block_columns) {
+            const std::size_t n = std::min<std::size_t>(block_columns, width - first), group = first / block_columns;
+            std::int8_t bytes[block_columns];
+            view.key_scales[(p / 16 * groups + group) * 16 + p % 16] =
+                quantise_channels(key + first, static_cast<int>(n), bytes);
+            for (std::size_t i = 0; i < n; ++i) view.keys[tile + (first + i) * 16] = static_cast<std::byte>(bytes[i]);
+            view.value_scales[p * groups + group] = quantise_channels(value + first, static_cast<int>(n), bytes);
+            std::memcpy(view.values + p * padded + first, bytes, n);
         }
     }
 
 private:
     static std::size_t position_bytes(const Config& config, Format format) {  // of one head
-        return element_bytes(format) * static_cast<std::size_t>(config.head_dim + padded_width(config.head_dim)) +
-               (format == Format::q8 ? 4 * static_cast<std::size_t>(scale_groups(config.head_dim)) : 0);
+        return element_bytes(format) * (static_cast<std::size_t>(config.head_dim) + padded_width(config.head_dim)) +
+               (format == Format::q8 ? 4 * scale_groups(config.head_dim) : 0);
     }
 
     int n_layers_, n_kv_heads_, head_dim_, capacity_;
@@ -4414,6 +4331,7 @@ private:
 // Hands out the parts of one piece of memory; without memory it only counts.
 class Arena {
 public:
+    explicit Arena(std::byte* memory = nullptr) : memory_(memory) {}
     template <class T>
     T* take(std::size_t n) {
         const std::size_t at = used_;
@@ -4426,10 +4344,9 @@ public:
         return {take<float>(static_cast<std::size_t>(rows) * stride), rows, columns, stride};
     }
     std::size_t used() const { return used_; }
-    void place(std::byte* memory) { memory_ = memory, used_ = 0; }
 
 private:
-    std::byte* memory_ = nullptr;
+    std::byte* memory_;
     std::size_t used_ = 0;
 };
 
@@ -4444,7 +4361,7 @@ struct CpuBuffers {
     std::byte* room;  // [threads, room_bytes]: what a product has in use
     std::size_t room_bytes;
 
-    CpuBuffers(Arena& arena, const Config& c, int rows, int threads, int ranks) {
+    CpuBuffers(Arena&& arena, const Config& c, int rows, int threads, int ranks) {
         const int widest = std::max({c.dim, c.n_heads * c.head_dim, c.ffn_dim});
         const std::size_t n = static_cast<std::size_t>(rows);
         x = arena.tensor(rows, c.dim);
@@ -4477,13 +4394,13 @@ public:
         : model_(std::move(model)), share_(std::move(share)), config_(share_.config), communicator_(options.communicator),
           context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)),
           streams_(cpu_features().intel ? 4 : 1), team_(options.threads),
-          taken_(static_cast<std::size_t>(team_.threads())), rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
-          memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
-          buffers_(place(arena_, memory_), config_, rows_, team_.threads(), share_.ranks) {}
+          taken_(static_cast<std::size_t>(team_.threads())), rows_(std::min(options.chunk, options.context)),
+          frequencies_(rope_frequencies(config_)), memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
+          buffers_(Arena(memory_.data()), config_, rows_, team_.threads(), share_.ranks) {}
 
     static std::size_t buffer_bytes(const Config& config, int rows, int threads, int ranks) {
         Arena count;
-        const CpuBuffers counted(count, config, rows, threads, ranks);
+        const CpuBuffers counted(std::move(count), config, rows, threads, ranks);
         return count.used();
     }
 
@@ -4501,10 +4418,6 @@ public:
 
 private:
     friend class CpuWorker;
-    static Arena& place(Arena& arena, const AlignedBuffer& memory) {
-        arena.place(memory.data());
-        return arena;
-    }
     // The number of the next piece of a thread's share that nobody has begun. The count of an earlier stage stands for 0.
     int take(int owner, std::uint32_t stage) {
         std::atomic<std::uint64_t>& pieces = taken_[static_cast<std::size_t>(owner)].pieces;
@@ -4544,7 +4457,6 @@ private:
     std::vector<Taken> taken_;
     int rows_;
     std::vector<float> frequencies_;
-    Arena arena_;
     AlignedBuffer memory_;
     CpuBuffers buffers_;
     std::vector<float> logits_;     // [rows that wanted them, V rounded up]
@@ -4741,13 +4653,11 @@ private:
         const auto [first, last] = share((n + tile - 1) / tile);
         for (int t = first * tile; t < std::min(last * tile, n); t += tile) {
             const int tokens = std::min(tile, n - t);
-            for (int i = 0; norm && i < tokens; ++i)
-                kernels_.normalise(scratch_ + static_cast<std::size_t>(i) * x.stride, x.row(rows ? rows[t + i] : t + i), norm,
-                                   x.columns, config_.norm_eps);
-            if (norm)  // what other stages left behind the last column
-                for (int i = 0; i < tokens; ++i)
-                    std::fill(scratch_ + static_cast<std::size_t>(i) * x.stride + x.columns,
-                              scratch_ + static_cast<std::size_t>(i + 1) * x.stride, 0.0f);
+            for (int i = 0; norm && i < tokens; ++i) {
+                float* const row = scratch_ + static_cast<std::size_t>(i) * x.stride;
+                kernels_.normalise(row, x.row(rows ? rows[t + i] : t + i), norm, x.columns, config_.norm_eps);
+                std::fill(row + x.columns, row + x.stride, 0.0f);  // what other stages left behind the last column
+            }
             kernels_.pack(format, buffers_.packed + static_cast<std::size_t>(t) * packed_bytes(format, x.columns),
                           norm ? scratch_ : x.row(t), x.stride, tokens, tile, x.columns);
         }
@@ -6508,6 +6418,15 @@ std::span<const std::uint32_t> unicode_classes() { return unicode_runs; }
 #undef LLAMA3_INLINE
 #undef LLAMA3_X86_KERNELS
 
+#else  // the next set says for itself what it is
+#undef LLAMA3_KERNELS
+#undef LLAMA3_LIKE
+#undef LLAMA3_WIDTH
+#undef LLAMA3_VNNI
+#undef LLAMA3_BF16
+#undef LLAMA3_AMX
+#undef LLAMA3_NEON
+#undef LLAMA3_DOTPROD
 #endif  // LLAMA3_KERNELS
 #endif  // LLAMA3_IMPLEMENTATION
 
