@@ -578,7 +578,7 @@ public:
     virtual std::unique_ptr<KVCache> make_cache() = 0;
     virtual int max_rows() const = 0;  // the largest batch that step() takes
     // Runs forward() over the batch. Afterwards logits(i) is the row of the i-th token that wanted logits, in host memory,
-    // until the next step; of one rank of several, its part of the row. Returns false if *cancel became true meanwhile (the
+    // until the next call; of one rank of several, its part of the row. Returns false if *cancel became true meanwhile (the
     // caches' new positions are then undefined).
     virtual bool step(const Batch& batch, const std::atomic<bool>* cancel) = 0;
     virtual std::span<const float> logits(int i) const = 0;
@@ -891,7 +891,6 @@ struct CpuFeatures {
 };
 CpuFeatures cpu_features();
 int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
-std::string environment(const char* name);  // a variable of the environment; empty where it is not set
 
 std::span<const std::uint32_t> unicode_classes();  // runs of code points, ascending: first code point << 2 | class (§6)
 
@@ -4099,7 +4098,8 @@ std::vector<KernelChoice> all_kernels() {
 }
 
 const Kernels& choose_kernels(const std::string& wanted) {
-    const std::string name = wanted.empty() ? environment("LLAMA3_ISA") : wanted;
+    const char* const preset = std::getenv("LLAMA3_ISA");
+    const std::string name = wanted.empty() && preset ? preset : wanted;
     std::string available;
     for (const KernelChoice& choice : all_kernels()) {
         if (!choice.supported) continue;
@@ -4814,6 +4814,7 @@ Share share_of(const Config& config, const Weights& weights, int rank, int ranks
                                                  " key/value heads of ", config.head_dim});
         detail::fail(Code::argument, "Options::ranks", what, ranks, possible, "Use one of these");
     }
+    detail::check_range("share_of, rank", rank, rank >= 0 && rank < ranks, "0 to " + std::to_string(ranks - 1));
     Share share{config, weights, rank, ranks};
     if (ranks == 1) return share;
     Config& c = share.config;
@@ -4852,12 +4853,10 @@ std::uint64_t bytes_of(const Share& share) {
 
 void join_ranks(float* out, std::span<const float* const> parts, std::size_t n) {
     constexpr std::size_t block = 256;  // keeps the tree's nodes in the cache
-    std::vector<std::array<float, block>> nodes((parts.size() + 1) / 2);
+    std::vector<std::array<float, block>> nodes(parts.size());
     for (std::size_t first = 0; first < n; first += block) {
         const std::size_t count = std::min(block, n - first);
-        for (std::size_t r = 0; r < parts.size(); r += 2)
-            for (std::size_t i = 0; i < count; ++i)
-                nodes[r / 2][i] = r + 1 < parts.size() ? parts[r][first + i] + parts[r + 1][first + i] : parts[r][first + i];
+        for (std::size_t r = 0; r < parts.size(); ++r) std::copy_n(parts[r] + first, count, nodes[r].begin());
         for (std::size_t left = nodes.size(); left > 1; left = (left + 1) / 2)
             for (std::size_t r = 0; r < left; r += 2)
                 for (std::size_t i = 0; i < count; ++i)
@@ -4889,10 +4888,10 @@ MemoryPlan plan_ranks(const Config& config, const Weights& weights, Options opti
 class InProcess final : public Communicator {
 public:
     struct Group {
-        explicit Group(int n) : ranks(n), parts(static_cast<std::size_t>(n)) {}
+        explicit Group(int n) : ranks(n), parts(static_cast<std::size_t>(n)), sums(parts.size()) {}
         const int ranks;
         std::vector<std::span<const float>> parts;  // of each rank
-        std::vector<float> sum;
+        std::vector<std::span<float>> sums;         // the same
         std::vector<std::byte>* message = nullptr;
         std::atomic<int> arrived{0};
         std::atomic<std::uint32_t> meeting{0};  // twice their number; odd: a rank has given up
@@ -4904,16 +4903,16 @@ public:
     std::string describe() const override { return std::to_string(ranks()) + " ranks in one process"; }
     void all_reduce_sum(std::span<float> values) override {
         Group& g = *group_;
-        const std::size_t rank = static_cast<std::size_t>(rank_), n = values.size();
-        g.parts[rank] = values;
-        if (rank_ == 0 && g.sum.size() < n) g.sum.resize(n);  // nobody reads it: all have left the last sum
+        const std::size_t rank = static_cast<std::size_t>(rank_), ranks = g.sums.size();
+        const std::size_t first = values.size() * rank / ranks, n = values.size() * (rank + 1) / ranks - first;
+        g.sums[rank] = values;
         barrier();
-        const std::size_t ranks = g.parts.size(), first = n * rank / ranks, last = n * (rank + 1) / ranks;
         std::vector<const float*> parts;
-        for (const auto& part : g.parts) parts.push_back(part.data() + first);
-        join_ranks(g.sum.data() + first, parts, last - first);
+        for (const auto& part : g.sums) parts.push_back(part.data() + first);
+        join_ranks(values.data() + first, parts, n);
+        for (const auto& sum : g.sums)  // a piece of all ranks' values that nobody else reads or writes
+            if (sum.data() != values.data()) std::copy_n(values.data() + first, n, sum.data() + first);
         barrier();
-        std::copy_n(g.sum.begin(), n, values.begin());
     }
     void gather(std::span<const float> part, std::span<float> whole) override {
         group_->parts[static_cast<std::size_t>(rank_)] = part;
@@ -5053,10 +5052,6 @@ struct Command {
     std::int32_t context = 0, chunk = 0, index = 0, count = 0;  // count: of rows, or of candidates (0: all logits)
     std::uint64_t backend = 0, cache = 0;
 };
-struct CommandRow {
-    std::int32_t token, position;
-    std::uint64_t cache, wants_logits;
-};
 std::uint64_t name_of(const void* object) { return reinterpret_cast<std::uintptr_t>(object); }
 
 void check_in_step(const Communicator& communicator) {
@@ -5065,7 +5060,7 @@ void check_in_step(const Communicator& communicator) {
              "Let all ranks end: Communicator::abort()");
 }
 
-void tell(Communicator& communicator, const Command& command, std::span<const CommandRow> rows = {}) {
+void tell(Communicator& communicator, const Command& command, std::span<const Row> rows = {}) {
     check_in_step(communicator);
     std::vector<std::byte> message(sizeof command + rows.size_bytes());
     std::memcpy(message.data(), &command, sizeof command);
@@ -5129,15 +5124,11 @@ public:
     }
     int max_rows() const override { return backend_->max_rows(); }
     bool step(const Batch& batch, const std::atomic<bool>* cancel) override {
-        std::vector<CommandRow> told;
         std::vector<Row> rows(batch.rows.begin(), batch.rows.end());
-        for (Row& row : rows) {
-            told.push_back({row.token, row.position, name_of(row.cache), row.wants_logits});
-            row.cache = static_cast<Cache*>(row.cache)->local.get();
-        }
+        for (Row& row : rows) row.cache = static_cast<Cache*>(row.cache)->local.get();
         row_ = -1;
         bool done = false;
-        together({.kind = Kind::step, .count = batch.size()}, told, [&] { done = backend_->step({rows}, cancel); });
+        together({.kind = Kind::step, .count = batch.size()}, batch.rows, [&] { done = backend_->step({rows}, cancel); });
         return done;
     }
     std::span<const float> logits(int i) const override {
@@ -5151,8 +5142,8 @@ public:
     int draw(int i, const Sampling& sampling, std::uint64_t random) override {
         const bool greedy = sampling.temperature == 0;
         if (!greedy && (sampling.top_k < 1 || sampling.top_k > 64)) return -1;
-        if (row_ != i && !gather_candidates(i, greedy ? 1 : sampling.top_k + 1, sampling)) logits(i);
         const FloatEnvironment environment;
+        if (row_ != i && !gather_candidates(i, greedy ? 1 : sampling.top_k + 1, sampling)) logits(i);
         return draw_token(whole_, sampling, random, candidates_);
     }
     StageTimes stage_times() const override { return backend_->stage_times(); }
@@ -5169,7 +5160,7 @@ private:
     };
     // Tells the others and does the same here. What fails here has perhaps not failed there: nobody knows what to wait for then.
     template <class F>
-    void together(Command command, std::span<const CommandRow> rows, const F& f) const {
+    void together(Command command, std::span<const Row> rows, const F& f) const {
         command.backend = name_of(this);
         try {
             tell(*communicator_, command, rows);
@@ -5244,7 +5235,7 @@ void follow(const Model& model, const Options& options) {
             detail::Command command{};
             if (message.size() >= sizeof command) std::memcpy(&command, message.data(), sizeof command);
             const std::size_t n_rows = command.kind == Kind::step ? static_cast<std::size_t>(command.count) : 0;
-            if (message.size() != sizeof command + n_rows * sizeof(detail::CommandRow))
+            if (message.size() != sizeof command + n_rows * sizeof(Row))
                 detail::fail(Code::device, "follow", "rank 0 said something else", detail::to_text({message.size(), " bytes"}),
                              "a command", "Run the same version of the program on all ranks");
             const auto backend = [&]() -> Backend& { return *backends.at(command.backend); };
@@ -5258,9 +5249,9 @@ void follow(const Model& model, const Options& options) {
                 case Kind::forget: backends.erase(command.backend), caches.erase(command.cache); break;
                 case Kind::step:
                     rows.clear();
-                    for (std::size_t at = sizeof command; at < message.size(); at += sizeof(detail::CommandRow)) {
-                        const auto told = detail::load_as<detail::CommandRow>(message.data() + at);
-                        rows.push_back({told.token, told.position, caches.at(told.cache).get(), told.wants_logits != 0});
+                    for (std::size_t at = sizeof command; at < message.size(); at += sizeof(Row)) {
+                        rows.push_back(detail::load_as<Row>(message.data() + at));
+                        rows.back().cache = caches.at(detail::name_of(rows.back().cache)).get();
                     }
                     backend().step({rows}, nullptr);
                     break;
@@ -5495,12 +5486,14 @@ constexpr const char* copy_again = "Copy or download the file again";
 constexpr const char* choose_another = "Choose another value";
 
 // The numbers of the configuration: offset in the section, and the range that the rest of the code is made for.
-constexpr struct {
+template <class T>
+struct Field {
     const char* name;
-    int Config::*member;
+    T Config::*member;
     std::size_t offset;
-    int low, high;
-} integer_fields[] = {
+    T low, high;
+};
+constexpr Field<int> integer_fields[] = {
     {"the number of layers", &Config::n_layers, 0, 1, 1024},
     {"the model width", &Config::dim, 4, 1, 1 << 17},
     {"the number of query heads", &Config::n_heads, 8, 1, 1024},
@@ -5514,12 +5507,7 @@ constexpr struct {
     {"the number of segments of down", &Config::down_segments, 68, 1, max_segments},
     {"the begin-of-text token", &Config::begin_token, 72, 0, (1 << 24) - 1},
 };
-constexpr struct {
-    const char* name;
-    float Config::*member;
-    std::size_t offset;
-    float low, high;
-} real_fields[] = {
+constexpr Field<float> real_fields[] = {
     {"the epsilon of RMSNorm", &Config::norm_eps, 32, 1e-30f, 1.0f},
     {"the RoPE theta", &Config::rope_theta, 36, 1.0f, 1e30f},
     {"the RoPE scaling factor", &Config::rope_factor, 40, 1.0f, 1e6f},
@@ -5527,7 +5515,7 @@ constexpr struct {
     {"the high frequency factor", &Config::rope_high_freq_factor, 48, 1e-6f, 1e6f},
 };
 constexpr std::size_t chat_format_offset = 56, tied_offset = 60, end_count_offset = 76, end_tokens_offset = 80;
-constexpr std::size_t max_end_tokens = 8;
+constexpr int max_end_tokens = 8;
 
 // Compares what a file (or a caller) gives with what it must be.
 struct Check {
@@ -5544,10 +5532,8 @@ struct Check {
     }
     template <class T>
     void range(std::string_view what, T value, T low, T high) const {
-        if (!(value >= low && value <= high)) out_of_range(what, value, low, high);  // NaN is
-    }
-    [[noreturn]] void out_of_range(std::string_view what, const Part& value, const Part& low, const Part& high) const {
-        bad(to_text({what, " is out of range"}), value, to_text({low, " to ", high}));
+        if (!(value >= low && value <= high))  // NaN is not in it
+            bad(to_text({what, " is out of range"}), value, to_text({low, " to ", high}));
     }
     void zero(std::string_view what, Bytes bytes) const {
         for (const std::byte b : bytes)
@@ -5676,27 +5662,31 @@ std::uint64_t read_header(const Check& check, Bytes image, std::array<Section, 4
                       to_text({s.bytes, " bytes at ", s.offset}), to_text({"a multiple of 8 and an end by ", size}));
         if (s.offset + s.bytes > image.size()) check.truncated(section_names[i], image.size(), size);
     }
-    std::array<Section, 4> sorted = sections;
-    std::sort(sorted.begin(), sorted.end(), [](const Section& a, const Section& b) { return a.offset < b.offset; });
+    std::array<std::size_t, 4> order = {0, 1, 2, 3};
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return sections[a].offset < sections[b].offset; });
     std::uint64_t end = header_bytes;
-    for (const Section& s : sorted) check.range("the start of a section", s.offset, end, size), end = s.offset + s.bytes;
+    for (const std::size_t i : order) {
+        check.range(to_text({"the start of the ", section_names[i]}), sections[i].offset, end, size);
+        end = sections[i].offset + sections[i].bytes;
+    }
     return size;
 }
 
 Config read_config(const Check& check, Bytes section) {
     check.equal("the configuration", "has a wrong size", section.size(), config_bytes);
     Config config;
-    const auto integer = [&](std::size_t offset, const char* name, std::uint32_t high = 1u << 24) {
-        const std::uint32_t value = load_as<std::uint32_t>(section.data() + offset);
-        check.range(name, value, 0u, high);
+    const auto integer = [&](std::size_t offset, const char* name, int low, int high) {
+        const std::int64_t value = load_as<std::uint32_t>(section.data() + offset);
+        check.range<std::int64_t>(name, value, low, high);
         return static_cast<int>(value);
     };
-    for (const auto& f : integer_fields) config.*f.member = integer(f.offset, f.name);
+    for (const auto& f : integer_fields) config.*f.member = integer(f.offset, f.name, f.low, f.high);
     for (const auto& f : real_fields) config.*f.member = load_as<float>(section.data() + f.offset);
-    config.chat_format = static_cast<ChatFormat>(integer(chat_format_offset, "the chat format"));
-    config.tied_embedding = integer(tied_offset, "the mark of a tied embedding", 1) != 0;
-    const auto ends = static_cast<std::size_t>(integer(end_count_offset, "the number of end tokens", max_end_tokens));
-    for (std::size_t i = 0; i < ends; ++i) config.end_tokens.push_back(integer(end_tokens_offset + 4 * i, "an end token"));
+    config.chat_format = static_cast<ChatFormat>(integer(chat_format_offset, "the chat format", 0, 3));
+    config.tied_embedding = integer(tied_offset, "the mark of a tied embedding", 0, 1) != 0;
+    const auto ends = static_cast<std::size_t>(integer(end_count_offset, "the number of end tokens", 0, max_end_tokens));
+    for (std::size_t i = 0; i < ends; ++i)
+        config.end_tokens.push_back(integer(end_tokens_offset + 4 * i, "an end token", 0, 1 << 24));
     check.zero("the configuration after its end tokens", section.subspan(end_tokens_offset + 4 * ends));
     check_config(check, config);
     return config;
@@ -6270,11 +6260,6 @@ Image read_file(const std::string& path) {
         done += static_cast<std::size_t>(n);
     }
     return in_memory(std::move(buffer));
-}
-
-std::string environment(const char* name) {
-    const char* value = std::getenv(name);
-    return value ? value : "";
 }
 
 // ── The processor ──

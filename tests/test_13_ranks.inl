@@ -254,6 +254,8 @@ TEST_SUITE("core: ranks") {
             CHECK(plan.cache_bytes * static_cast<std::uint64_t>(ranks) == model.plan(on_ranks(1)).cache_bytes);
         }
         CHECK_THROWS_AS(plan_memory(config, Format::q8, on_ranks(5)), Error);
+        CHECK_THROWS_AS(share_of(config, model.weights(), 2, 2), Error);
+        CHECK_THROWS_AS(share_of(config, model.weights(), -1, 2), Error);
         CHECK_THROWS_AS(plan_memory(config, static_cast<Format>(9), on_ranks(1)), Error);
     }
 
@@ -274,6 +276,23 @@ TEST_SUITE("core: ranks") {
         join_ranks(values[0].data(), std::span(parts).first(1), n);
         join_ranks(values[0].data(), parts, n);  // in place
         CHECK(values[0] == out);
+    }
+
+    TEST_CASE("threads that are ranks get every sum whole, of lengths that grow, shrink and are less than one for each") {
+        const auto ranks = d::ranks_in_process(4);
+        std::atomic<int> wrong{0};
+        std::vector<std::thread> threads;
+        for (const auto& communicator : ranks)
+            threads.emplace_back([&, rank = communicator->rank()] {
+                for (int round = 0; round < 300; ++round) {
+                    std::vector<float> values(static_cast<std::size_t>(round % 50 == 0 ? 3 : 17 * round));
+                    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>((rank + 1) * (round + static_cast<int>(i)));
+                    communicator->all_reduce_sum(values);
+                    for (std::size_t i = 0; i < values.size(); ++i) wrong += values[i] != 10 * static_cast<float>(round + static_cast<int>(i));
+                }
+            });
+        for (std::thread& thread : threads) thread.join();
+        CHECK(wrong == 0);
     }
 
     TEST_CASE("rank 0 leads others that only follow: same text, two sums per layer, one gather per token, only candidates where they decide") {

@@ -95,13 +95,6 @@ TEST_SUITE("core: platform") {
         CHECK(descriptor() == before);
     }
 
-    TEST_CASE("environment variables are read, and absent ones are empty") {
-        setenv("LLAMA3_TEST_VARIABLE", "avx2", 1);
-        CHECK(d::environment("LLAMA3_TEST_VARIABLE") == "avx2");
-        unsetenv("LLAMA3_TEST_VARIABLE");
-        CHECK(d::environment("LLAMA3_TEST_VARIABLE") == "");
-    }
-
     TEST_CASE("the processor's features agree with what the compiler's own test finds") {
         const d::CpuFeatures f = d::cpu_features();
 #if defined(__x86_64__)
