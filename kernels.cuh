@@ -254,9 +254,16 @@ void launch(const char* stage, void (*kernel)(P...), dim3 grid, unsigned threads
             const A&... arguments) {
     static_assert(sizeof...(P) == sizeof...(A));
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-    if (shared_bytes > 48 * 1024)  // more than that must be asked for
-        LLAMA3_CHECK(stage, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    if (shared_bytes > 48 * 1024) {  // more than that must be asked for: all there is, as another thread may want less meanwhile
+        cudaFuncAttributes own{};
+        int device = 0, most = 0;
+        LLAMA3_CHECK(stage, cudaGetDevice(&device));
+        LLAMA3_CHECK(stage, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+        LLAMA3_CHECK(stage, cudaFuncGetAttributes(&own, function));
+        LLAMA3_CHECK(stage, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 most - static_cast<int>(own.sharedSizeBytes)));
+    }
 #ifdef LLAMA3_CUDA_EMULATOR
     check(cuda_emu::launch(stage, kernel, grid, dim3(threads), shared_bytes, stream, P(arguments)...), "launch", stage);
 #else
@@ -264,8 +271,7 @@ void launch(const char* stage, void (*kernel)(P...), dim3 grid, unsigned threads
     std::apply(
         [&](P&... value) {
             void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-            LLAMA3_CHECK(stage, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers,
-                                                 shared_bytes, stream));
+            LLAMA3_CHECK(stage, cudaLaunchKernel(function, grid, dim3(threads), pointers, shared_bytes, stream));
         },
         values);
 #endif
@@ -330,21 +336,13 @@ struct Slice {
 };
 
 // What f32 and bf16 share: 64 bytes to a unit, 8 of them in a step.
+template <class W>
 struct PlainWeights {
     using Loaded = uint4;
     __device__ static int steps(const Slice& s) { return div_up(s.end - s.begin, 8); }
     __device__ static Loaded load(const Slice& s, int i, int lane) {
         const int v = s.begin + 8 * i + lane / 4;
         return v < s.end ? load_streaming16(s.panel + v * 64 + lane % 4 * 16) : make_uint4(0, 0, 0, 0);
-    }
-};
-
-struct F32Weights : PlainWeights {
-    static constexpr Format format = Format::f32;
-    __host__ __device__ static int padded(int units) { return div_up(units, 4) * 4; }  // columns that pack() fills
-    __host__ __device__ static int words(int units) { return padded(units); }  // of shared memory per row of activations
-    __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
-        shared_cast<float4>(to)[column / 4] = v;
     }
     template <int columns>
     __device__ static void multiply(float (&sum)[columns][4], const Loaded& w, const Slice& s, int i, int lane,
@@ -354,10 +352,22 @@ struct F32Weights : PlainWeights {
         const std::uint32_t rows[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
         for (int c = 0; c < columns; ++c) {
-            const float a = __uint_as_float(x[c * words + v]);
+            const std::uint32_t a = x[c * words + v];
 #pragma unroll
-            for (int r = 0; r < 4; ++r) sum[c][r] = fmaf(__uint_as_float(rows[r]), a, sum[c][r]);
+            for (int r = 0; r < 4; ++r) sum[c][r] = W::add_product(sum[c][r], rows[r], a);
         }
+    }
+};
+
+struct F32Weights : PlainWeights<F32Weights> {
+    static constexpr Format format = Format::f32;
+    __host__ __device__ static int padded(int units) { return div_up(units, 4) * 4; }  // columns that pack() fills
+    __host__ __device__ static int words(int units) { return padded(units); }  // of shared memory per row of activations
+    __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
+        shared_cast<float4>(to)[column / 4] = v;
+    }
+    __device__ static float add_product(float sum, std::uint32_t w, std::uint32_t a) {
+        return fmaf(__uint_as_float(w), __uint_as_float(a), sum);
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int units) {
 #pragma unroll
@@ -366,29 +376,16 @@ struct F32Weights : PlainWeights {
     }
 };
 
-struct Bf16Weights : PlainWeights {
+struct Bf16Weights : PlainWeights<Bf16Weights> {
     static constexpr Format format = Format::bf16;
     __host__ __device__ static int padded(int units) { return div_up(units, 4) * 8; }
     __host__ __device__ static int words(int units) { return padded(units) / 2; }
     __device__ static void pack(Shared<std::uint32_t> to, int column, int, float4 v, int) {
         shared_cast<uint2>(to)[column / 4] = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
     }
-    template <int columns>
-    __device__ static void multiply(float (&sum)[columns][4], const Loaded& w, const Slice& s, int i, int lane,
-                                    Shared<std::uint32_t> x, int words, int) {
-        const int v = s.begin + 8 * i + lane / 4;
-        if (v >= s.end) return;
-        const std::uint32_t rows[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int c = 0; c < columns; ++c) {
-            const std::uint32_t pair = x[c * words + v];
-            const float even = from_bf16(pair), odd = __uint_as_float(pair & 0xffff0000u);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                sum[c][r] = fmaf(from_bf16(rows[r]), even, sum[c][r]);
-                sum[c][r] = fmaf(__uint_as_float(rows[r] & 0xffff0000u), odd, sum[c][r]);
-            }
-        }
+    __device__ static float add_product(float sum, std::uint32_t w, std::uint32_t a) {  // a pair of columns
+        sum = fmaf(from_bf16(w), from_bf16(a), sum);
+        return fmaf(__uint_as_float(w & 0xffff0000u), __uint_as_float(a & 0xffff0000u), sum);
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int units) {
 #pragma unroll
@@ -520,6 +517,7 @@ struct Panels {
 struct RowEntry {
     int token, position;
     int capacity;        // of its cache
+    int wanted;          // entry i: the i-th row that wants logits; 0 beyond the last
     unsigned exchanges;  // sums over ranks before this step (K10)
     std::byte* cache;
 };
@@ -599,17 +597,13 @@ void with_format(Format format, const F& f) {
         default: return f(Q4Weights{});
     }
 }
-template <class F>
-void with_cache(Format format, const F& f) {
-    if (format == Format::bf16) f(CacheBf16{});
-    else f(CacheQ8{});
-}
 template <int value>
 using Constant = std::integral_constant<int, value>;
+// Calls f(CacheBf16{} or CacheQ8{}, the width of a head).
 template <class F>
-void with_head_dim(int head_dim, const F& f) {
-    if (head_dim == 64) f(Constant<64>{});
-    else f(Constant<128>{});
+void with_cache(const CacheShape& shape, const F& f) {
+    const auto of_width = [&](auto c) { shape.head_dim == 64 ? f(c, Constant<64>{}) : f(c, Constant<128>{}); };
+    shape.format == Format::bf16 ? of_width(CacheBf16{}) : of_width(CacheQ8{});
 }
 
 // ═══ K4  Warps and blocks ══════════════════════════════════════════════════════════════════════════════════════════════════════
@@ -653,8 +647,8 @@ struct Input {
     int width;          // columns that count
     const float* norm;  // weights of an RMSNorm [width]; nullptr: taken as they are
     float eps;
-    const int* rows;  // input i is row rows[i]; nullptr: row i
-    __device__ const float* row(int i) const { return x + (rows ? rows[i] : i) * stride; }
+    const RowEntry* rows;  // input i is row rows[i].wanted; nullptr: row i
+    __device__ const float* row(int i) const { return x + (rows ? rows[i].wanted : i) * stride; }
 };
 
 // 1 / sqrt(mean(x²) + ε), by a block of `warps` warps
@@ -912,8 +906,9 @@ struct Attend {
 };
 
 // The sum of a head's channels over the warps needs as much shared memory as the scores, which are done with by then.
-template <int head_dim, int heads>
-constexpr std::size_t attend_shared_bytes = sizeof(float) * (heads * attend_warps * head_dim + 2 * heads + 1);
+constexpr std::size_t attend_shared_bytes(int head_dim, int heads) {
+    return sizeof(float) * (heads * attend_warps * head_dim + 2 * heads + 1);
+}
 
 // f(j, 8 channels of position j) for a lane's positions: own, own + stride, ...; beyond `count` zeros, so that lanes stay together.
 template <class C, int head_dim, class F>
@@ -1591,7 +1586,7 @@ struct Gpu {
     std::size_t shared_bytes = 48 * 1024;  // that a block may ask for
     std::uint64_t memory_bytes = 0;
     std::string name;
-    bool tensor_cores() const { return major >= 8; }  // for bf16
+    bool tensor_cores = false;  // for bf16, in the GPU and in what was compiled
     std::string text() const { return "GPU " + std::to_string(index) + " (" + name + ")"; }
 };
 
@@ -1694,13 +1689,6 @@ private:
     std::byte* memory_;
     std::size_t used_ = 0;
 };
-// The bytes that f(parts) takes.
-template <class F>
-std::size_t bytes_of_parts(const F& f) {
-    Parts parts;
-    f(parts);
-    return parts.used();
-}
 
 using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 
@@ -1805,7 +1793,6 @@ struct Buffers {
     Tensor x, query, mixed, hidden, logits, up, partial;
     float *turns, *frequencies, *slots;
     RowEntry* rows;
-    int* logit_rows;
     DrawEntry* draw;
     unsigned* tickets;
     std::size_t slots_bytes = 0;
@@ -1813,7 +1800,7 @@ struct Buffers {
     std::size_t unpacked_elements = 0;
     std::byte* workspace = nullptr;
 
-    Buffers(Parts& parts, const Config& c, int ranks, int n_rows) {
+    Buffers(Parts&& parts, const Config& c, int ranks, int n_rows) {
         const std::size_t n = n_rows, head_dim = c.head_dim;
         const int queries = c.n_heads * c.head_dim;
         x = parts.tensor(n_rows, c.dim);
@@ -1824,7 +1811,6 @@ struct Buffers {
         turns = parts.take<float>(n * head_dim);
         frequencies = parts.take<float>(head_dim / 2);
         rows = parts.take<RowEntry>(n);
-        logit_rows = parts.take<int>(n);
         draw = parts.take<DrawEntry>(1);
         tickets = parts.take<unsigned>(matvec_rows * head_groups(c));
         partial = parts.tensor(ranks > 1 ? n_rows : 0, c.dim);
@@ -1841,18 +1827,19 @@ struct Buffers {
         workspace = parts.take<std::byte>(workspace_bytes);
     }
     static std::size_t bytes(const Config& c, int ranks, int n_rows) {
-        return bytes_of_parts([&](Parts& parts) { Buffers(parts, c, ranks, n_rows); });
+        Parts parts;
+        Buffers(std::move(parts), c, ranks, n_rows);
+        return parts.used();
     }
 };
 
 inline int splits_of(int capacity) { return div_up(capacity, attention_segment); }
-inline SplitBuffers split_buffers(Parts& parts, const Config& c, int splits) {
-    const std::size_t n = static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * splits;
-    float* const partial = parts.take<float>(n * c.head_dim);
-    return {splits, partial, parts.take<float>(2 * n)};
+// Partial results of attention, E + 2 numbers each.
+inline std::size_t split_results(const Config& c, int splits) {
+    return static_cast<std::size_t>(matvec_rows * head_groups(c) * heads_per_block(c)) * splits;
 }
 inline std::size_t split_bytes(const Config& c, int splits) {
-    return bytes_of_parts([&](Parts& parts) { split_buffers(parts, c, splits); });
+    return split_results(c, splits) * (c.head_dim + 2) * sizeof(float);
 }
 
 // Products of bf16 matrices by cuBLASLt. The algorithm is chosen once per shape, so that a shape has the same bits in every run.
@@ -1927,8 +1914,8 @@ public:
     CudaRank(std::shared_ptr<const DeviceWeights> weights, Lane& lane, const Options& options, int max_rows)
         : lane_(lane), weights_(std::move(weights)), config_(share().config), cache_(cache_shape(config_, options.kv)),
           max_rows_(max_rows), memory_(Memory::Kind::device, Buffers::bytes(config_, share().ranks, max_rows_), "buffers"),
-          buffers_(at(parts_, memory_), config_, share().ranks, max_rows_),
-          tables_(Memory::Kind::pinned, max_rows_ * (sizeof(RowEntry) + sizeof(int)), "tables") {
+          buffers_(Parts(memory_.data()), config_, share().ranks, max_rows_),
+          tables_(Memory::Kind::pinned, max_rows_ * sizeof(RowEntry), "tables") {
         if (max_rows_ > matvec_rows) gemm_ = std::make_unique<Gemm>(buffers_.workspace);
         const std::vector<float> frequencies = detail::rope_frequencies(config_);
         LLAMA3_CHECK("buffers", cudaMemset(memory_.data(), 0, memory_.bytes()));
@@ -1976,21 +1963,17 @@ public:
         Attend a{
             query.data, mixed.data, query.stride, buffers_.rows,   cache_, layer.index, config_.n_heads / config_.n_kv_heads,
             0,          0,          splits_,      buffers_.tickets};
+        const int heads = heads_per_block(config_);
         for (; a.first < n_tokens_; a.first += a.count) {
             a.count = few() ? n_tokens_ : run_length(batch, a.first);
-            with_cache(cache_.format, [&]<class C>(C) {
-                with_head_dim(config_.head_dim, [&](auto e) {
-                    if (a.count > matvec_rows)
-                        return launch("attend", flash_attention<C, e.value>, dim3(div_up(a.count, flash_rows), config_.n_heads),
-                                      flash_threads, flash_shared_bytes<e.value>, stream(), a);
-                    const dim3 grid(head_groups(config_), splits_.splits, a.count);
-                    if (heads_per_block(config_) == 4)
-                        launch("attend", attend_split<C, e.value, 4>, grid, attend_threads, attend_shared_bytes<e.value, 4>,
-                               stream(), a);
-                    else
-                        launch("attend", attend_split<C, e.value, 8>, grid, attend_threads, attend_shared_bytes<e.value, 8>,
-                               stream(), a);
-                });
+            with_cache(cache_, [&]<class C, int e>(C, Constant<e>) {
+                if (a.count > matvec_rows)
+                    launch("attend", flash_attention<C, e>, dim3(div_up(a.count, flash_rows), config_.n_heads), flash_threads,
+                           flash_shared_bytes<e>, stream(), a);
+                else
+                    launch("attend", heads == 4 ? attend_split<C, e, 4> : attend_split<C, e, 8>,
+                           dim3(head_groups(config_), splits_.splits, a.count), attend_threads, attend_shared_bytes(e, heads),
+                           stream(), a);
             });
         }
     }
@@ -2041,7 +2024,7 @@ public:
 
     void logits(Tensor logits, Tensor x, const Weights& weights) {
         const char* stage = "logits";
-        const Input input{x.data, x.stride, x.columns, weights.final_norm, config_.norm_eps, buffers_.logit_rows};
+        const Input input{x.data, x.stride, x.columns, weights.final_norm, config_.norm_eps, buffers_.rows};
         if (logits.rows <= matvec_rows)
             return multiply_rows(stage, weights.output.format, input, logits.rows,
                                  PutRows{{Panels(weights.output), 2}, logits.data, logits.stride, false});
@@ -2054,17 +2037,14 @@ public:
         n_tokens_ = batch.size();
         const std::size_t n = n_tokens_;
         RowEntry* const rows = tables_.as<RowEntry>();
-        int* const logit_rows = reinterpret_cast<int*>(rows + max_rows_);
         int wanted = 0;
         for (std::size_t t = 0; t < n; ++t) {
             const Row& row = batch.rows[t];
             const auto* cache = static_cast<const CudaCache*>(row.cache);
-            rows[t] = {row.token, row.position, cache->capacity(), exchanges, cache->data(part)};
-            if (row.wants_logits) logit_rows[wanted++] = t;
+            rows[t] = {row.token, row.position, cache->capacity(), 0, exchanges, cache->data(part)};
+            if (row.wants_logits) rows[wanted++].wanted = t;
         }
-        std::fill(logit_rows + wanted, logit_rows + n, 0);
         copy_async(buffers_.rows, rows, sizeof(RowEntry) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
-        copy_async(buffers_.logit_rows, logit_rows, sizeof(int) * n, cudaMemcpyHostToDevice, stream(), "table of rows");
         return wanted;
     }
     void empty_slots(std::size_t first_set, std::size_t sets) {
@@ -2078,11 +2058,10 @@ public:
     bool reserve_splits(int capacity) {  // whether it has moved
         const int splits = splits_of(capacity);
         if (splits <= splits_.splits) return false;
-        const std::size_t bytes = split_bytes(config_, splits);
         splits_ = {}, split_memory_ = {};
-        split_memory_ = Memory(Memory::Kind::device, bytes, "partial attention");
-        Parts parts(split_memory_.data());
-        splits_ = split_buffers(parts, config_, splits);
+        split_memory_ = Memory(Memory::Kind::device, split_bytes(config_, splits), "partial attention");
+        float* const partial = split_memory_.as<float>();
+        splits_ = {splits, partial, partial + split_results(config_, splits) * config_.head_dim};
         return true;
     }
     Tensor reserve_logits(int rows) {
@@ -2099,8 +2078,6 @@ public:
     }
 
 private:
-    static Parts& at(Parts& parts, const Memory& memory) { return parts = Parts(memory.data()); }
-
     // Rows from `first` on that continue one sequence.
     static int run_length(const Batch& batch, int first) {
         int n = 1;
@@ -2155,9 +2132,8 @@ private:
     CacheShape cache_;
     int max_rows_, n_tokens_ = 0;
     Memory memory_;
-    Parts parts_;
     Buffers buffers_;
-    Memory tables_;  // pinned: RowEntry [max_rows], int [max_rows]
+    Memory tables_;  // pinned: RowEntry [max_rows]
     Memory many_logits_, split_memory_;
     SplitBuffers splits_;
     std::unique_ptr<Gemm> gemm_;
@@ -2191,8 +2167,7 @@ inline void check(ncclResult_t status, const char* call, const std::string& wher
 }
 constexpr bool with_nccl = true;
 // Ranks that are processes with a GPU each; their communicator only hands round the name of the meeting.
-class Nccl {
-public:
+struct Nccl : Owner<ncclComm_t, ncclCommDestroy> {
     explicit Nccl(Communicator& communicator) {
         ncclUniqueId id{};
         std::vector<std::byte> message(sizeof id);
@@ -2203,45 +2178,39 @@ public:
         communicator.broadcast(message);
         if (message.size() != sizeof id) check(status == ncclSuccess ? ncclRemoteError : status, "ncclGetUniqueId", "rank 0");
         std::memcpy(&id, message.data(), sizeof id);
-        LLAMA3_CHECK("start", ncclCommInitRank(&value_, communicator.ranks(), id, communicator.rank()));
+        LLAMA3_CHECK("start", ncclCommInitRank(&value, communicator.ranks(), id, communicator.rank()));
     }
     ~Nccl() {
         if (std::uncaught_exceptions()) abort();  // the others may never come
-        if (value_) ncclCommDestroy(value_);
     }
-    Nccl(const Nccl&) = delete;
-    Nccl& operator=(const Nccl&) = delete;
-    void abort() const noexcept {
-        if (value_) ncclCommAbort(value_);
-        value_ = nullptr;  // with which every later call is an error
+    void abort() noexcept {
+        if (value) ncclCommAbort(value);
+        value = nullptr;  // with which every later call is an error
     }
-    void wait(cudaStream_t stream, const std::string& where) const {
+    void wait(cudaStream_t stream, const std::string& where) {
         const auto begin = std::chrono::steady_clock::now();
         for (cudaError_t error; (error = cudaStreamQuery(stream)) != cudaSuccess; std::this_thread::yield()) {
             if (error != cudaErrorNotReady) check(error, "cudaStreamQuery", where);
             ncclResult_t status = ncclInvalidUsage;
-            if (value_) ncclCommGetAsyncError(value_, &status);
+            if (value) ncclCommGetAsyncError(value, &status);
             const bool late = std::chrono::steady_clock::now() - begin > std::chrono::seconds(limit_s);
             if (late || (status != ncclSuccess && status != ncclInProgress)) abort();  // else the stream is never done
             if (late)
                 fail(Code::device, "NCCL, " + where + ": the other ranks do not answer (found a time-out of " +
                                        std::to_string(limit_s) + " s, expected an answer). See what happened to them.");
-            if (!value_) check(status, "ncclCommGetAsyncError", where);
+            if (!value) check(status, "ncclCommGetAsyncError", where);
         }
     }
     void all_gather(const char* stage, const float* from, float* to, std::size_t n, cudaStream_t stream) const {
-        LLAMA3_CHECK(stage, ncclAllGather(from, to, n, ncclFloat, value_, stream));
+        LLAMA3_CHECK(stage, ncclAllGather(from, to, n, ncclFloat, value, stream));
     }
-
-private:
     static constexpr int limit_s = 120;
-    mutable ncclComm_t value_{};
 };
 #else
 constexpr bool with_nccl = false;
 struct Nccl {
     explicit Nccl(Communicator&) {}
-    void abort() const noexcept {}
+    void abort() noexcept {}
     void wait(cudaStream_t, const std::string&) const {}
     void all_gather(const char*, const float*, float*, std::size_t, cudaStream_t) const {}
 };
@@ -2254,7 +2223,7 @@ public:
         std::shared_ptr<const DeviceWeights> weights;
     };
     CudaBackend(const std::vector<Place>& places, Model model, const Options& options, Transport transport,
-                std::shared_ptr<const Nccl> nccl, std::shared_ptr<std::mutex> turn, int max_rows)
+                std::shared_ptr<Nccl> nccl, std::shared_ptr<std::mutex> turn, int max_rows)
         : turn_(std::move(turn)), model_(std::move(model)), options_(options), transport_(std::move(transport)),
           nccl_(std::move(nccl)), max_rows_(max_rows) {
         for (const Place& place : places) {
@@ -2286,6 +2255,7 @@ public:
         const std::lock_guard turn(*turn_);
         const UseGpu use(lanes_[0]->gpu.index, false);
         ends_.clear(), ranks_.clear(), lanes_.clear();
+        host_logits_ = {}, staging_ = {}, drawn_ = {};
     }
 
     std::unique_ptr<KVCache> make_cache() override {
@@ -2322,7 +2292,7 @@ public:
         for (const auto& lane : lanes_)
             text += ", " + lane->gpu.text() + ", sm_" + std::to_string(lane->gpu.major) + std::to_string(lane->gpu.minor) +
                     ", " + std::to_string(lane->gpu.multiprocessors) + " multiprocessors" +
-                    (lane->gpu.tensor_cores() ? "" : ", prompts in steps of 8 tokens (no bf16 tensor cores)");
+                    (lane->gpu.tensor_cores ? "" : ", prompts in steps of 8 tokens (no bf16 tensor cores, or compiled for less than sm_80)");
         const Share& share = ranks_[0]->share();
         if (share.ranks == 1) return text;
         return text + ", " +
@@ -2612,7 +2582,8 @@ private:
                 // now, not while kernels of other GPUs wait for it
                 LLAMA3_CHECK("step", cudaGraphUpload(graphs[l].value, lanes_[l]->stream.value));
             });
-        for (std::size_t l = 0; l < lanes_.size() && !stop(); ++l) std::swap(lanes_[l]->graphs[i].value, graphs[l].value);
+        if (stop()) return;
+        for (std::size_t l = 0; l < lanes_.size(); ++l) std::swap(lanes_[l]->graphs[i].value, graphs[l].value);
     }
 
     // All GPUs get the work of sessions in the same order, and memory is freed, which waits for a GPU, in between: the ranks of a
@@ -2621,7 +2592,7 @@ private:
     Model model_;
     Options options_;
     Transport transport_;
-    std::shared_ptr<const Nccl> nccl_;
+    std::shared_ptr<Nccl> nccl_;
     bool use_graphs_, stopped_ = false;
     int max_rows_;
     std::vector<std::unique_ptr<Lane>> lanes_;
@@ -2708,10 +2679,10 @@ public:
             weights = std::make_shared<const DeviceWeights>(model, shares[i], gpu, progress_ ? progress : Progress());
             known(model, shares[i]) = weights, done += DeviceWeights::bytes_of(shares[i]);
         }
-        std::shared_ptr<const Nccl> nccl;
+        std::shared_ptr<Nccl> nccl;
         Transport transport = transport_of(options, why_not);
         if (transport.kind == Transport::Kind::nccl && !(nccl = nccl_.lock()))
-            nccl_ = nccl = std::make_shared<const Nccl>(*options.communicator);
+            nccl_ = nccl = std::make_shared<Nccl>(*options.communicator);
         return std::make_unique<CudaBackend>(places, model, options, std::move(transport), std::move(nccl), turn_,
                                              rows_of(options));
     }
@@ -2745,12 +2716,13 @@ private:
         const UseGpu use(index);
         cudaFuncAttributes attributes{};
         LLAMA3_CHECK(gpu.text() + ", " + version, cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(pack_rows)));
+        gpu.tensor_cores = gpu.major >= 8 && attributes.ptxVersion >= 80;
         return gpu;
     }
     const Gpu& gpu_of(const Share& share) const { return gpus_[share.rank % gpus_.size()]; }
     // The most rows of a step: without bf16 tensor cores no prompts but those of matrix x vector.
     int rows_of(const Options& options) const {
-        const bool prompts = std::ranges::all_of(gpus_, &Gpu::tensor_cores);
+        const bool prompts = std::ranges::all_of(gpus_, &Gpu::tensor_cores);  // see flash_attention
         return std::max(matvec_rows,
                         prompts ? std::min({options.chunk, options.context, 16384}) : 0);  // a grid's y has 16 bits
     }
@@ -2855,7 +2827,7 @@ private:
     const std::shared_ptr<std::mutex> turn_ = std::make_shared<std::mutex>();                         // of its back ends, too
     std::map<std::tuple<const Model::Impl*, int, int>, std::weak_ptr<const DeviceWeights>> weights_;  // for all sessions
     std::map<std::pair<int, int>, std::string> vetoes_;                                               // of pairs of GPUs
-    std::weak_ptr<const Nccl> nccl_;
+    std::weak_ptr<Nccl> nccl_;
 };
 
 }  // namespace gpu

@@ -177,7 +177,7 @@ int main(int argc, char** argv) try {
     const double limit = argc > 2 ? std::atof(argv[2]) : 420;
     const std::shared_ptr<Device> device = cuda();
     const gpu::Gpu& gpu = static_cast<const gpu::CudaDevice&>(*device).gpu();
-    const double read = read_gbs(gpu.multiprocessors), matrix = gpu.tensor_cores() ? matrix_tflops() : 0;
+    const double read = read_gbs(gpu.multiprocessors), matrix = gpu.tensor_cores ? matrix_tflops() : 0;
     std::printf("%s: reads %.0f GB/s, multiplies bf16 matrices at %.0f TFLOP/s\n\n", gpu.text().c_str(), read, matrix);
     std::printf("model         type  what     batch  context  tokens/s    GB/s  TFLOP/s  share\n");
     std::vector<Line> lines;

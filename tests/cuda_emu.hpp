@@ -108,6 +108,7 @@ struct Device {
     std::size_t memory = std::size_t{1} << 32;  // cudaMalloc fails beyond
     int driver = 13000;
     bool has_kernels = true;  // false: compiled for other devices
+    int ptx = 0;              // version of what was compiled; 0: the device's own
     const char* name = "emulated device";
 };
 inline Device device;
@@ -2214,7 +2215,8 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
     const int version = 10 * cuda_emu::device.major + cuda_emu::device.minor;
     *attributes = {};
     attributes->maxThreadsPerBlock = 1024, attributes->numRegs = 64,
-    attributes->ptxVersion = attributes->binaryVersion = version;
+    attributes->binaryVersion = version;
+    attributes->ptxVersion = cuda_emu::device.ptx > 0 ? cuda_emu::device.ptx : version;
     attributes->maxDynamicSharedSizeBytes = limit == cuda_emu::runtime().shared_limit.end() ? 48 * 1024 : limit->second;
     return cuda_emu::result(cuda_emu::device.has_kernels ? cudaSuccess : cudaErrorNoKernelImageForDevice);
 }

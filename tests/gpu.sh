@@ -10,7 +10,7 @@ folder=${1:-build/gpu}
 mkdir -p "$folder"
 started=$(date +%s)
 failed=0
-rm -f "$folder"/*.status "$folder/test_cuda"
+rm -f "$folder"/*.status "$folder"/*.o "$folder/test_cuda"
 
 PATH=$PATH:/usr/local/cuda/bin
 if ! command -v nvcc >/dev/null; then

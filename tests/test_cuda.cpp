@@ -1304,6 +1304,22 @@ TEST_SUITE("core: errors of the CUDA back end") {
         const std::vector<int> tokens = some_tokens(13, model.config().vocab_size);
         CHECK(same_bits(run(model, tokens, with(Format::bf16), turing), run(model, tokens, with(Format::bf16, 1), turing)));
         CHECK(turing->open(model, with(Format::bf16))->describe().find("8 tokens") != std::string::npos);
+
+        cuda_emu::device.major = 9, cuda_emu::device.minor = 0, cuda_emu::device.ptx = 75;  // translated when it was loaded
+        const auto translated = cuda();
+        CHECK(translated->open(model, with(Format::bf16))->max_rows() == turing->open(model, with(Format::bf16))->max_rows());
+        CHECK(same_bits(run(model, tokens, with(Format::bf16), translated), run(model, tokens, with(Format::bf16), turing)));
+    }
+
+    TEST_CASE("a launch with less shared memory leaves a kernel all that another thread may have asked for") {
+        const auto limit = [](std::size_t bytes) {
+            gpu::launch("test", gpu::gate_rows, dim3(1), 32, bytes, nullptr, nullptr, nullptr, std::size_t{0}, 0);
+            cudaFuncAttributes attributes{};
+            CHECK(cudaFuncGetAttributes(&attributes, gpu::gate_rows) == cudaSuccess);
+            return attributes.maxDynamicSharedSizeBytes;
+        };
+        CHECK(limit(50 << 10) == cuda_emu::device.sharedMemPerBlockOptin);
+        CHECK(limit(140 << 10) == limit(60 << 10));
     }
 
     TEST_CASE("a device or driver that is too old, or was not compiled for, says so in one line") {
