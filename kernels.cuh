@@ -261,8 +261,8 @@ void launch(const char* stage, void (*kernel)(P...), dim3 grid, unsigned threads
         LLAMA3_CHECK(stage, cudaGetDevice(&device));
         LLAMA3_CHECK(stage, cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
         LLAMA3_CHECK(stage, cudaFuncGetAttributes(&own, function));
-        LLAMA3_CHECK(stage, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 most - static_cast<int>(own.sharedSizeBytes)));
+        most = std::max(most - static_cast<int>(own.sharedSizeBytes), static_cast<int>(shared_bytes));
+        LLAMA3_CHECK(stage, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     }
 #ifdef LLAMA3_CUDA_EMULATOR
     check(cuda_emu::launch(stage, kernel, grid, dim3(threads), shared_bytes, stream, P(arguments)...), "launch", stage);
