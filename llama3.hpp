@@ -58,6 +58,10 @@
 #ifndef LLAMA3_HPP
 #define LLAMA3_HPP
 
+#if __cplusplus < 202002L && !defined(_MSC_VER)
+#error "llama3.hpp: needs C++20. Compile with -std=c++20."
+#endif
+
 #define LLAMA3_VERSION_MAJOR 0
 #define LLAMA3_VERSION_MINOR 1
 #define LLAMA3_VERSION_PATCH 0
