@@ -90,12 +90,13 @@ int run_once(const Body& body) {
     return Place().rank > 0 ? 0 : run(body);
 }
 
-inline std::string read_file(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
+inline std::string read_file(const std::string& path) {  // "-": standard input
+    std::ifstream file;
+    if (path != "-") file.open(path, std::ios::binary);
     if (!file || std::filesystem::is_directory(path))
         fail(llama3::Code::file, path + ": cannot be read (found nothing readable, expected a file). Check the path.");
-    std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    return text;
+    std::istream& from = path == "-" ? std::cin : file;
+    return {std::istreambuf_iterator<char>(from), std::istreambuf_iterator<char>()};
 }
 
 // A line of the form `name<spaces>: value` in one of Linux's /proc files, for instance the size of the memory; empty elsewhere.
@@ -221,6 +222,7 @@ inline void add_sampling_flags(Args& args, llama3::Sampling& sampling) {
              {1e-6, 1});
     args.add("--min-p NUMBER", sampling.min_p, "only tokens at least this share as likely as the best, 0: off (0)", {0, 1});
     args.add("--repeat-penalty NUMBER", sampling.repeat_penalty, "makes recent tokens less likely, 1: off (1)", {1e-6});
+    args.add("--repeat-last-n N", sampling.repeat_last, "how many tokens are recent (64)", {0});
     args.add("-s, --seed SEED", sampling, "seed: the same one gives the same text everywhere, -1: another each time (1)");
 }
 

@@ -140,6 +140,10 @@ class Generate(unittest.TestCase):
         self.assertGreater(len(set(texts)), 1)
         self.assertGreater(len({output("generate", "-p", "Once upon a time", "-n", "40", "--temp", "1", "-s", "-1") for _ in "123"}), 1)
 
+    def test_a_text_may_come_from_standard_input(self):
+        self.assertEqual(output("generate", "-f", "-", "-n", "20", input=b"Once upon a time"),
+                         output("generate", "-p", "Once upon a time", "-n", "20"))
+
     def test_threads_do_not_change_the_text(self):
         texts = {output("generate", "-p", "Once upon a time", "-n", "40", "-t", t) for t in "123"}
         self.assertEqual(len(texts), 1)

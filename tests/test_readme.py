@@ -70,6 +70,13 @@ class Readme(unittest.TestCase):
             self.assertEqual(done.returncode, 1)
             self.assertIn(b"no/such.l3", done.stderr)
 
+    def test_its_longer_example_compiles_without_warnings(self):
+        example = re.findall(r"```cpp\n(.*?)```", self.readme, re.S)[1]
+        program = "#include \"llama3.hpp\"\n#include <iostream>\nint main() {\n" + example + "}\n"
+        done = subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I" + SOURCE,
+                               "-x", "c++", "-"], input=program.encode(), capture_output=True)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
     def test_hello_is_built_with_the_other_programs(self):
         done = subprocess.run([os.path.join(PROGRAMS, "hello")], cwd=SOURCE, capture_output=True, timeout=60)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
