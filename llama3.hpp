@@ -894,7 +894,7 @@ struct CpuFeatures {
     bool dotprod = false;  // aarch64: dot products of bytes
 };
 CpuFeatures cpu_features();
-int usable_cpus();                          // that this process may run on: affinity and container limits, at least 1
+int usable_cpus();  // that this process may run on: affinity and container limits, at least 1
 
 std::span<const std::uint32_t> unicode_classes();  // runs of code points, ascending: first code point << 2 | class (§6)
 
@@ -2624,7 +2624,9 @@ inline std::size_t room_bytes(int columns) {  // chains and unpacked weights, or
 // Bytes of an element of the cache, head width as it is stored for values, and groups of channels that share a scale.
 constexpr std::size_t element_bytes(Format format) { return format == Format::f32 ? 4 : format == Format::bf16 ? 2 : 1; }
 inline std::size_t padded_width(int head_dim) { return static_cast<std::size_t>(round_up(head_dim, 16)); }
-inline std::size_t scale_groups(int head_dim) { return static_cast<std::size_t>(round_up(head_dim, block_columns) / block_columns); }
+inline std::size_t scale_groups(int head_dim) {
+    return static_cast<std::size_t>(round_up(head_dim, block_columns) / block_columns);
+}
 
 // Attention decodes attention_chunk positions of the cache at a time, for all queries of a block. Scores and queries stand in
 // rows of one length, known to the compiler and no power of two: the same column of all rows would share few sets of the cache.
@@ -3219,8 +3221,7 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h)
-            values[p][h] = as_float(odd ? pairs[p][h] & splat_int(static_cast<int>(0xffff0000u))
-                                        : shift_left(pairs[p][h], 16));
+            values[p][h] = as_float(odd ? pairs[p][h] & splat_int(static_cast<int>(0xffff0000u)) : shift_left(pairs[p][h], 16));
         LLAMA3_UNROLL
         for (int t = 0; t < N; ++t, x += 4) {
             const F value = splat(load_as<float>(x));
@@ -3589,8 +3590,7 @@ void add_products(const HeadProducts& p, int n) {
     }
     LLAMA3_UNROLL
     for (int h = 0; h < N; ++h) LLAMA3_UNROLL
-    for (int v = 0; v < V; ++v)
-        store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
+    for (int v = 0; v < V; ++v) store(p.sums + static_cast<std::size_t>(h) * p.sums_stride + v * lanes, sums[h][v]);
 }
 
 // The largest of row[j], j < count; what follows is -∞ up to a multiple of 16.
@@ -4413,9 +4413,9 @@ public:
     CpuBackend(Model model, const Options& options, Share share)
         : model_(std::move(model)), share_(std::move(share)), config_(share_.config), communicator_(options.communicator),
           context_(options.context), kv_(options.kv), kernels_(choose_kernels(options.isa)),
-          streams_(cpu_features().intel ? 4 : 1), team_(options.threads),
-          taken_(static_cast<std::size_t>(team_.threads())), rows_(std::min(options.chunk, options.context)),
-          frequencies_(rope_frequencies(config_)), memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
+          streams_(cpu_features().intel ? 4 : 1), team_(options.threads), taken_(static_cast<std::size_t>(team_.threads())),
+          rows_(std::min(options.chunk, options.context)), frequencies_(rope_frequencies(config_)),
+          memory_(buffer_bytes(config_, rows_, team_.threads(), share_.ranks)),
           buffers_(Arena(memory_.data()), config_, rows_, team_.threads(), share_.ranks) {}
 
     static std::size_t buffer_bytes(const Config& config, int rows, int threads, int ranks) {
@@ -5683,7 +5683,8 @@ std::uint64_t read_header(const Check& check, Bytes image, std::array<Section, 4
         if (s.offset + s.bytes > image.size()) check.truncated(section_names[i], image.size(), size);
     }
     std::array<std::size_t, 4> order = {0, 1, 2, 3};
-    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return sections[a].offset < sections[b].offset; });
+    std::sort(order.begin(), order.end(),
+              [&](std::size_t a, std::size_t b) { return sections[a].offset < sections[b].offset; });
     std::uint64_t end = header_bytes;
     for (const std::size_t i : order) {
         check.range(to_text({"the start of the ", section_names[i]}), sections[i].offset, end, size);

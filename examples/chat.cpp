@@ -8,7 +8,8 @@ std::atomic<llama3::Session*> answering = nullptr;  // what Ctrl-C cancels
 
 int main(int argc, char** argv) {
     Args args("[flags]",
-              "Chats with a model. Reads turns from the terminal, or one per line from a pipe; empty lines are skipped.");
+              "Chats with a model. Reads turns from the terminal or a pipe, one per line; a line that ends with \\ goes on in the next, "
+              "empty lines are skipped.");
     llama3::ChatOptions options;
     llama3::Sampling sampling;
     std::optional<std::string> first;
@@ -41,18 +42,25 @@ int main(int argc, char** argv) {
             });
         }
 
+        std::string begun;  // of a turn, by lines that end with a backslash
         for (bool interrupted = false;;) {
             std::string line;
             if (first) {
                 line = std::exchange(first, std::nullopt).value();
             } else if (const Read read = input.read(line); read == Read::interrupted && !interrupted) {
                 interrupted = true;
+                begun.clear();
                 std::cerr << "\nCtrl-C again or Ctrl-D ends.\n";
                 continue;
             } else if (read != Read::line) {
-                break;
+                if (begun.empty()) break;
+            } else if (line.ends_with('\\')) {
+                line.back() = '\n';
+                begun += line;
+                continue;
             }
             interrupted = false;
+            line.insert(0, std::exchange(begun, {}));
             if (line.empty()) continue;
             if (terminal && line == "/quit") break;
             if (terminal && line == "/clear") {

@@ -103,7 +103,8 @@ int main(int argc, char** argv) {
         };
         std::vector<Plan> plans;
         for (int positions = 1024; positions / 2 < config.context_length; positions *= 2)
-            for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8}) plans.push_back(plan(positions, kv, ranks));
+            for (const auto kv : {llama3::Format::f32, llama3::Format::bf16, llama3::Format::q8})
+                plans.push_back(plan(positions, kv, ranks));
         // What one of several ranks needs; nothing where that many cannot share the model.
         std::vector<std::pair<int, std::optional<Plan>>> on_cards;
         for (const int r : rank_counts) try {

@@ -592,6 +592,11 @@ class Chat(OnTerminal):
         self.assertEqual(output("chat", "-n", "20", "-p", "Hello", input=b"Tell me a story.\n"), two)
         self.assertEqual(output("chat", "-n", "20", input=b"\nHello\n\n\nTell me a story."), two)  # empty lines; no last newline
 
+    def test_a_line_that_ends_with_a_backslash_goes_on_in_the_next(self):
+        whole = output("chat", "-n", "20", "-p", "Tell me\n\na story.")
+        self.assertEqual(output("chat", "-n", "20", input=b"Tell me\\\n\\\na story.\n"), whole)
+        self.assertEqual(output("chat", "-n", "20", input=b"Tell me\\\n\\\na story.\\"), output("chat", "-n", "20", "-p", "Tell me\n\na story.\n"))
+
     def test_the_same_seed_gives_the_same_answers(self):
         answers = [output("chat", "-n", "30", "--temp", "1", "-s", seed, input=b"Tell me a story.\n") for seed in ("7", "7", "8", "9")]
         self.assertEqual(answers[0], answers[1])
