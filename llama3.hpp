@@ -3039,6 +3039,16 @@ LLAMA3_INLINE I add_dot_at(Type type, I sum, I w, const std::byte* x) {
 #endif
 }
 
+// a · x + c with the number x in memory, for all lanes: likewise.
+LLAMA3_INLINE F fma_at(F a, const std::byte* x, F c) {
+#if LLAMA3_WIDTH == 16
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*reinterpret_cast<const std::byte(*)[4]>(x)));
+    return c;
+#else
+    return fma(a, splat(load_as<float>(x)), c);
+#endif
+}
+
 // detail::exp, lane by lane, in the same operations, for x <= 88.72 or NaN.
 LLAMA3_INLINE F exp_finite(F x) {
     const F round = splat(12582912.0f);
@@ -3194,8 +3204,10 @@ LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* 
         const F value = splat(load_as<float>(x + 4 * t));
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
-        for (int h = 0; h < parts; ++h)
-            sums[p][h][t] = fma(load(reinterpret_cast<const float*>(w[p]) + h * lanes), value, sums[p][h][t]);
+        for (int h = 0; h < parts; ++h) {
+            const F weights = load(reinterpret_cast<const float*>(w[p]) + h * lanes);
+            sums[p][h][t] = t % 2 == 1 ? fma_at(weights, x + 4 * t, sums[p][h][t]) : fma(weights, value, sums[p][h][t]);
+        }
     }
     x += 4 * N;
 }
