@@ -8,8 +8,8 @@ std::atomic<llama3::Session*> answering = nullptr;  // what Ctrl-C cancels
 
 int main(int argc, char** argv) {
     Args args("[flags]",
-              "Chats with a model. Reads turns from the terminal or a pipe, one per line; a line that ends with \\ goes on in the next, "
-              "empty lines are skipped.");
+              "Chats with a model. Reads turns from the terminal or a pipe, one per line. A line that ends with \\ goes on in the\n"
+              "next; empty lines are skipped.");
     llama3::ChatOptions options;
     llama3::Sampling sampling;
     std::optional<std::string> first;
