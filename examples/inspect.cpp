@@ -57,13 +57,13 @@ std::uint64_t total(const llama3::MemoryPlan& plan) { return plan.weights_bytes 
 int main(int argc, char** argv) {
     Args args("[M | --synthetic NAME] [--verify] [flags]",
               "Prints a model's configuration, tensors, origin and memory plan, and on which cards its parts fit.");
-    std::string path, synthetic;
+    std::string path, named, synthetic;
     std::optional<llama3::Format> asked_type;
     int ranks = 1, context = 8192;
     bool verify = false, as_json = false;
     DeviceName device_name;
     args.add("M", path, "model, an .l3 file (the demo model)", {1});
-    args.add("-m, --model M", path, "the same", {1});
+    args.add("-m, --model M", named, "the same", {1});
     args.add("--synthetic NAME", synthetic, std::string("instead, a shape: ") + released_names);
     args.add("--type FORMAT", asked_type, "with --synthetic: f32, bf16, q8 or q4 (q8)");
     args.add("--verify", verify, "read everything and compare all checksums");
@@ -72,6 +72,8 @@ int main(int argc, char** argv) {
     args.add("--device D", device_name, "cpu, cuda or cuda:1: whose memory is planned (cpu)");
     args.add("--json", as_json, "print one JSON object");
     args.parse(argc, argv);
+    if (!path.empty() && !named.empty()) args.wrong("M", "one model at a time", "M and -m", "one of them");
+    if (path.empty()) path = named;
     if (!path.empty() && !synthetic.empty()) args.wrong("M", "one model at a time", "M and --synthetic", "one of them");
     if (asked_type && synthetic.empty()) args.wrong("--type", "a file has its type", "no --synthetic", "--synthetic NAME");
     if (verify && !synthetic.empty()) args.wrong("--verify", "a shape has no checksums", "--synthetic", "a file");

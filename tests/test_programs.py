@@ -99,6 +99,7 @@ class CommandLine(unittest.TestCase):
         self.assertIn("found 2 of them", self.wrong("generate", "-p", "a", "--tokens", "1"))
         self.wrong("perplexity")
         self.wrong("bench", "-m", "a.l3", "--synthetic", "llama-3.2-1b")
+        self.wrong("inspect", "a.l3", "-m", "b.l3")
 
 
 class Errors(unittest.TestCase):
