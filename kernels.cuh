@@ -327,7 +327,10 @@ constexpr int magic_bits = 0x4b400000;  // and an integer added to its bits is a
 __device__ __forceinline__ int dot4(std::uint32_t a, std::uint32_t b, int sum) {
     return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
 }
-__device__ __forceinline__ float dot_value(int biased) { return __int_as_float(biased) - magic; }
+// Such a sum n as n * scale, rounded once: (magic + n) * scale - magic * scale, of which scale, an fp16, makes the latter exact.
+__device__ __forceinline__ float scale_dot(int sum, float scale) {
+    return fmaf(__int_as_float(sum), scale, __fmul_rn(scale, -magic));
+}
 
 // Where a lane is within a slice of a panel: units [begin, end), of which step i is its own.
 struct Slice {
@@ -446,7 +449,7 @@ struct Q8Weights : QuantisedActivations {
             const float scale = __uint_as_float(x[c * words + 16 * units + block]);
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-                sum[c][r] = fmaf(dot_value(dot4(rows[r], a, magic_bits)), __fmul_rn(scales[r], scale), sum[c][r]);
+                sum[c][r] = fmaf(scale_dot(dot4(rows[r], a, magic_bits), scales[r]), scale, sum[c][r]);
         }
     }
     __device__ static void decode8(float (&out)[8], const std::byte* panel, int row, int column, int) {
@@ -485,7 +488,7 @@ struct Q4Weights : QuantisedActivations {
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 const int dot = dot4(rows[r] & 0x0f0f0f0fu, low, dot4(rows[r] >> 4 & 0x0f0f0f0fu, high, start));
-                sum[c][r] = fmaf(dot_value(dot), __fmul_rn(scales[r], scale), sum[c][r]);
+                sum[c][r] = fmaf(scale_dot(dot, scales[r]), scale, sum[c][r]);
             }
         }
     }

@@ -935,7 +935,7 @@ void forward(Stages& stages, const Weights& weights, const Activations& a, const
 // specification: it fixes not only what is computed but in which order, so that §12 can be compared with it bit for bit.
 //
 //     products    one chain per output element, acc = fma(w, x, acc), columns ascending; with q8 and q4 weights one exact
-//                 integer dot product per block of 32, then acc = fma(float(dot), w_scale * x_scale, acc)
+//                 integer dot product per block of 32, then acc = fma(float(dot) * w_scale, x_scale, acc)
 //     W_o, W_down the columns in `segments` equal parts, a chain each, joined by a binary tree
 //     sums        over 16 lanes, joined by a binary tree (detail::sum_lanes)
 //     attention   over segments of 512 positions, joined in order
@@ -1018,7 +1018,7 @@ float chain(const Matrix& w, int row, int first, int last, const float* x) {
             float w_scale;
             const float x_scale = quantise_group(x + c, bytes);
             const int dot = block_dot(w, row, c, bytes, w_scale);
-            sum = fma(static_cast<float>(dot), w_scale * x_scale, sum);
+            sum = fma(static_cast<float>(dot) * w_scale, x_scale, sum);
         }
     return sum;
 }
@@ -2773,7 +2773,8 @@ namespace LLAMA3_KERNELS {
 // F: `lanes` floats, with the operators + - * / of the compiler's vector types. I: as many int32, or four times as many bytes.
 // A weight vector meets the unsigned side of a byte product, so it is turned into unsigned bytes: by adding 8 (q4, as stored)
 // or 128 (q8, `signed_bias`); the accumulator then starts at -bias * (sum of the activations). All of it is exact. Where both
-// sides are signed, nothing is added to q8.
+// sides are signed, nothing is added to q8. It also starts at the bits of the float `magic`, so that it ends with those of
+// magic + (sum of the products), and needs no conversion (scale_sum).
 
 #if LLAMA3_WIDTH == 16
 
@@ -3010,7 +3011,8 @@ LLAMA3_INLINE I splat_four(const std::byte* p) { return splat_int(load_as<std::i
 // add_dot: sum += w · x over the four columns of each lane. A sum over biased weights begins at `start`, which takes the bias
 // away again.
 #if LLAMA3_WIDTH == 8 && !defined(LLAMA3_VNNI)  // q4: in 16 bits
-LLAMA3_INLINE I begin_sum(const std::byte*) { return splat_int(0); }
+LLAMA3_INLINE I begin_sum(Q8, const std::byte* start) { return splat_four(start); }
+LLAMA3_INLINE I begin_sum(Q4, const std::byte*) { return splat_int(0); }
 LLAMA3_INLINE I finish_sum(Q8, I sum, const std::byte*) { return sum; }
 LLAMA3_INLINE I finish_sum(Q4, I sum16, const std::byte* start) {
     return add_int(_mm256_madd_epi16(sum16, _mm256_set1_epi16(1)), splat_four(start));
@@ -3020,15 +3022,28 @@ template <class Type>
 LLAMA3_INLINE I add_dot(Type, I sum, I w, I x) {
     return dot_bytes(sum, w, x);
 }
-LLAMA3_INLINE I begin_sum(const std::byte* start) { return splat_four(start); }
+template <class Type>
+LLAMA3_INLINE I begin_sum(Type, const std::byte* start) {
+    return splat_four(start);
+}
 template <class Type>
 LLAMA3_INLINE I finish_sum(Type, I sum, const std::byte*) {
     return sum;
 }
 #endif
 
-// The same with a token's four bytes in memory. AVX-512 reads them for all lanes as it multiplies, which no intrinsic says: an
-// instruction less, but a load more where two panels meet the token. So tiles of two read every other token this way.
+// Such a sum n as n * scale, rounded once: fma(magic + n, scale, -magic * scale), whose last part is exact, scale being an fp16.
+constexpr float magic = 12582912.0f;  // 1.5 * 2^23: floats around it are the integers, and count up as their bits do
+#if LLAMA3_WIDTH < 8 && !defined(LLAMA3_NEON)  // no fma: a conversion costs less
+constexpr std::int32_t magic_bits = 0;
+LLAMA3_INLINE F scale_sum(I sum, F scale, F) { return to_float(sum) * scale; }
+#else
+constexpr std::int32_t magic_bits = std::bit_cast<std::int32_t>(magic);
+LLAMA3_INLINE F scale_sum(I sum, F scale, F offset) { return fma(as_float(sum), scale, offset); }
+#endif
+
+// add_dot with a token's four bytes in memory. AVX-512 reads them for all lanes as it multiplies, which no intrinsic says: an
+// instruction less, but a load more where two panels meet the token. So tiles of two read two of three tokens this way.
 template <class Type>
 LLAMA3_INLINE I add_dot_at(Type type, I sum, I w, const std::byte* x) {
 #if LLAMA3_WIDTH == 16
@@ -3052,7 +3067,7 @@ LLAMA3_INLINE F fma_at(F a, const std::byte* x, F c) {
 
 // detail::exp, lane by lane, in the same operations, for x <= 88.72 or NaN.
 LLAMA3_INLINE F exp_finite(F x) {
-    const F round = splat(12582912.0f);
+    const F round = splat(magic);
     const F n = fma(x, splat(1.44269504088896341f), round) - round;
     const F r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
     F p = splat(1.0f / 5040);
@@ -3125,7 +3140,7 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
     const bool finite = most < 0x7f800000;
     const float magnitude = finite ? std::bit_cast<float>(most) : 0.0f;
     const float inverse = magnitude > 7.9e-31f ? 127 / magnitude : 0.0f;
-    const F round = splat(12582912.0f);
+    const F round = splat(magic);
     I sums = splat_int(0);
     LLAMA3_UNROLL
     for (int i = 0; i < n; ++i) {
@@ -3140,7 +3155,7 @@ LLAMA3_INLINE float quantise(const float* x, std::int8_t* bytes, std::int32_t& t
 
 // Puts the columns of up to `together` tokens in the order in which a tile reads them: f32 [column][token]; bf16
 // the same, rounded, or [pair of columns][token] for dot_bf16; for q8 and q4 per block [8 groups of 4 bytes][token],
-// [token] scales, [token] int32 where a sum of products begins: -bias Σ bytes.
+// [token] scales, [token] int32 where a sum of products begins: magic_bits - bias Σ bytes.
 void pack(Format format, std::byte* out, const float* x, std::size_t stride, int tokens, int together, int columns) {
     const std::size_t n = static_cast<std::size_t>(together), width = static_cast<std::size_t>(round_up(columns, 64));
     if (tokens < together) std::memset(out, 0, n * packed_bytes(format, columns));
@@ -3160,7 +3175,7 @@ void pack(Format format, std::byte* out, const float* x, std::size_t stride, int
                 std::byte* to = out + block * 40 * n;
                 for (std::size_t g = 0; g < 8; ++g) std::memcpy(to + 4 * (g * n + t), bytes + 4 * g, 4);
                 store_as(to + 32 * n + 4 * t, scale);
-                store_as(to + 36 * n + 4 * t, -(format == Format::q8 ? signed_bias : 8) * total);
+                store_as(to + 36 * n + 4 * t, magic_bits - (format == Format::q8 ? signed_bias : 8) * total);
             }
     }
 }
@@ -3266,7 +3281,7 @@ LLAMA3_INLINE F load_scales(Unpacked<Type>, const std::byte* unit, int block, in
     return load(reinterpret_cast<const float*>(unit + 64 * 16 + 64 * block) + part * lanes);
 }
 
-// Integer dot products of each block, then sums += dots * (scales of the weights and of the tokens).
+// Integer dot products of each block, then sums += dots * scales of the weights * scales of the tokens.
 template <int P, int N, class Type>
 LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     constexpr std::size_t half = unit_bytes(Type::format) / 2;
@@ -3277,7 +3292,7 @@ LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::b
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) LLAMA3_UNROLL
-        for (int t = 0; t < N; ++t) dots[p][h][t] = begin_sum(x + 36 * N + 4 * t);
+        for (int t = 0; t < N; ++t) dots[p][h][t] = begin_sum(type, x + 36 * N + 4 * t);
         LLAMA3_UNROLL
         for (int v = 0; v < 8; ++v) {
             I four[P][parts];
@@ -3291,18 +3306,19 @@ LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::b
                 LLAMA3_UNROLL
                 for (int p = 0; p < P; ++p) LLAMA3_UNROLL
                 for (int h = 0; h < parts; ++h)
-                    dots[p][h][t] = P == 1 || t % 2 == 1 ? add_dot_at(type, dots[p][h][t], four[p][h], token)
+                    dots[p][h][t] = P == 1 || t % 3 != 0 ? add_dot_at(type, dots[p][h][t], four[p][h], token)
                                                          : add_dot(type, dots[p][h][t], four[p][h], loaded);
             }
         }
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) {
-            const F w_scale = load_scales(type, w[p], block, h);
+            const F w_scale = load_scales(type, w[p], block, h), offset = w_scale * splat(-magic);
             LLAMA3_UNROLL
-            for (int t = 0; t < N; ++t)
-                sums[p][h][t] = fma(to_float(finish_sum(type, dots[p][h][t], x + 36 * N + 4 * t)),
-                                    w_scale * splat(load_as<float>(x + 32 * N + 4 * t)), sums[p][h][t]);
+            for (int t = 0; t < N; ++t) {
+                const F dot = scale_sum(finish_sum(type, dots[p][h][t], x + 36 * N + 4 * t), w_scale, offset);
+                sums[p][h][t] = fma_at(dot, x + 32 * N + 4 * t, sums[p][h][t]);
+            }
         }
     }
 }
@@ -3468,9 +3484,10 @@ void multiply_few(const Product& product, const Tile& tile) {
 
 // What many tokens read: unpacked weights, where that takes enough work off a tile.
 template <class Type>
-using Many = std::conditional_t<lanes == 16 && Type::format == Format::bf16 && !own_bf16, Unpacked<F32>,
-             std::conditional_t<(lanes == 16 && Type::format == Format::q8) || (lanes >= 8 && Type::format == Format::q4),
-                                Unpacked<Type>, Type>>;
+using Many = std::conditional_t<
+    lanes == 16 && Type::format == Format::bf16 && !own_bf16, Unpacked<F32>,
+    std::conditional_t<(signed_bias != 0 && Type::format == Format::q8) || (lanes >= 8 && Type::format == Format::q4),
+                       Unpacked<Type>, Type>>;
 
 template <class Type, class Read, int P, int N>
 constexpr Tile tile = [] {
@@ -3967,8 +3984,8 @@ void multiply_tile(const Product& product, int panel, const std::byte* w, int to
                     x + unit_of_tokens / 2 * static_cast<std::size_t>(block) + tile_tokens * block_columns;
                 LLAMA3_UNROLL
                 for (int t = 0; t < tile_tokens; ++t)
-                    sums[t] = fma(to_float(load_bits(ready + static_cast<std::size_t>(block) * tile_bytes + 64 * t)),
-                                  w_scale * splat(load_as<float>(x_scales + 4 * t)), sums[t]);
+                    sums[t] = fma(to_float(load_bits(ready + static_cast<std::size_t>(block) * tile_bytes + 64 * t)) * w_scale,
+                                  splat(load_as<float>(x_scales + 4 * t)), sums[t]);
             }
             if (more) finish_unit(dots[(s * units + u + 1) % 2]);
         }
