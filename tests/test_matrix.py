@@ -4,9 +4,10 @@ choices occurs, libraries with hidden symbols, other processors and systems. Eac
 
     LLAMA3_PROGRAMS=build python3 tests/test_matrix.py
 
-What is not installed (clang++, the cross compilers, qemu, Wine) is named and left out; g++ must be there.
+What is not installed (clang++, the cross compilers, qemu, Wine, ziglang) is named and left out; g++ must be there.
 """
 
+import importlib.util
 import itertools
 import os
 import re
@@ -252,6 +253,15 @@ class Elsewhere(Folder):
         compiler, _ = self.aarch64()
         for flag in ("-march=armv8-a+crypto", "-mcpu=a64fx", "-mcpu=neoverse-v1"):    # without dot products; ARMv8.2 without; with, and SVE
             self.implementation([compiler], "-std=c++20", "-O0", flag)
+
+    def test_macos_compiles_with_clang_and_libcxx(self):
+        if importlib.util.find_spec("ziglang") is None:
+            self.skipTest("ziglang is not installed: macOS did not compile")
+        for target in ("x86_64-macos", "aarch64-macos"):
+            with self.subTest(target=target):
+                compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target]
+                self.implementation(compiler, "-std=c++20", "-O0")
+                self.users(compiler, "-std=c++20", "-O0")
 
     def doctest_alone(self):
         """Its headers in this folder, without their neighbours, which are this system's."""
