@@ -4,12 +4,14 @@
 
 namespace {
 
+#ifndef LLAMA3_TESTED_KERNELS  // or which ones, for a file that includes this
 std::vector<const d::Kernels*> kernels_here() {
     std::vector<const d::Kernels*> found;
     for (const d::KernelChoice& choice : d::all_kernels())
         if (choice.supported) found.push_back(choice.kernels);
     return found;
 }
+#endif
 
 std::vector<float> random_floats(std::size_t n, std::uint64_t seed) {
     std::mt19937_64 random(seed);
@@ -64,7 +66,9 @@ void check_product(const d::Kernels& kernels, const RandomMatrix& w, int tokens,
             if (add) expected[r] = 0.25f + expected[r];
             const float found = out[static_cast<std::size_t>(t) * out_stride + r];
             if (m.format == Format::bf16 && kernels.own_bf16) {
-                if (!(std::abs(found - expected[r]) <= 1e-4f * (1 + std::abs(expected[r])))) FAIL(kernels.name, " token ", t, " row ", r, ": ", found, " for ", expected[r]);
+                // A sum of n products of size 1 is rounded by 1e-7 n, whatever the order.
+                const float close = 1e-4f * (1 + std::abs(expected[r])) + 2e-7f * static_cast<float>(m.columns);
+                if (!(std::abs(found - expected[r]) <= close)) FAIL(kernels.name, " token ", t, " row ", r, ": ", found, " for ", expected[r]);
             } else if (!same_bits(&found, &expected[r], 1)) {
                 FAIL(kernels.name, " ", format_name(m.format), " ", m.rows, "x", m.columns, " token ", t, " of ", tokens, " row ", r, ": ", found, " for ", expected[r]);
             }
