@@ -3355,8 +3355,6 @@ template <class Type>
 void unpack(const std::byte* from, int units, std::byte* out) {
     const std::size_t bytes = static_cast<std::size_t>(units) * unit_bytes(Type::format);
     for (const std::byte* const end = from + bytes; from < end; from += unit_bytes(Type::format)) {
-        for (std::size_t line = 0; line < unit_bytes(Type::format); line += 64)  // what is next arrives meanwhile
-            __builtin_prefetch(from + bytes + line, 0, 2);
         if constexpr (Type::format == Format::bf16) {
             LLAMA3_UNROLL
             for (int h = 0; h < parts; ++h, out += lanes * 4) {
@@ -3441,9 +3439,15 @@ void multiply_tiles(const Product& product, const Tile& tile, int panel, int ste
                 }
                 panels[p] += static_cast<std::size_t>(n) * unit_bytes(w.format);
             }
+            // What is unpacked next arrives meanwhile, `ahead` bytes of each panel with each tile: all at once they would be waited for.
+            const std::int64_t ahead =
+                tile.unpack ? round_up(static_cast<std::int64_t>(unit_bytes(w.format)) * n / tiles, 64) : 0;
+            const std::byte* next = panels[0] + (is_last ? static_cast<std::size_t>(P - 1) * w.panel_stride : 0);
             for (int i = 0; i < tiles; ++i) {
                 const int first = token + i * N;
                 F* const result = chains + (top * tiles + i) * size;
+                for (std::int64_t line = 0; line < ahead; line += 64, next += 64)
+                    for (int p = 0; p < P; ++p) __builtin_prefetch(next + static_cast<std::size_t>(p) * w.panel_stride, 0, 2);
                 for (int p = 0; is_last && p < P; ++p)  // the output arrives while the tile is computed
                     for (int t = 0; t < N; ++t) __builtin_prefetch(product.output(first + t, panel + p * step), 1);
                 tile.multiply(result, u == 0, begin, x + static_cast<std::size_t>(i) * tile_bytes, n * tile.units, tile_bytes);
