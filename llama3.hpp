@@ -3202,13 +3202,11 @@ constexpr std::size_t packed_unit = Type::format == Format::f32    ? 4
                                     : Type::format == Format::bf16 ? (own_bf16 ? 4 : 8)
                                                                    : 2 * (block_columns + 8);
 
-// Fetches what one of P streams of weights reads soon. On their way are fetched_ahead bytes of all of them, twice as many where
-// several tokens meet them.
+// Fetches a line that one of P streams of weights reads soon. On their way are fetched_ahead bytes of all of them, twice as many
+// where several tokens meet them.
 template <class Type, int P, int N>
-LLAMA3_INLINE void fetch_ahead(const std::byte* w, std::size_t bytes) {
-    if constexpr (is_unpacked<Type>) return;
-    LLAMA3_UNROLL
-    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + fetched_ahead * (N > 1 ? 2 : 1) / P + line);
+LLAMA3_INLINE void fetch_ahead(const std::byte* w) {
+    if constexpr (!is_unpacked<Type>) __builtin_prefetch(w + fetched_ahead * (N > 1 ? 2 : 1) / P);
 }
 
 // One unit of P panels times N tokens, added to the chains sums[panel][part][token]; x moves on to the next unit.
@@ -3216,7 +3214,7 @@ template <int P, int N, class Type>
     requires(Type::format == Format::f32)
 LLAMA3_INLINE void multiply_unit(Type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
     LLAMA3_UNROLL
-    for (int p = 0; p < P; ++p) fetch_ahead<Type, P, N>(w[p], 64);
+    for (int p = 0; p < P; ++p) fetch_ahead<Type, P, N>(w[p]);
     LLAMA3_UNROLL
     for (int t = 0; t < N; ++t) {
         const F value = splat(load_as<float>(x + 4 * t));
@@ -3235,7 +3233,7 @@ LLAMA3_INLINE void multiply_unit(BF16, F (&sums)[P][parts][N], const std::byte* 
     I pairs[P][parts];
     LLAMA3_UNROLL
     for (int p = 0; p < P; ++p) {
-        fetch_ahead<BF16, P, N>(w[p], 64);
+        fetch_ahead<BF16, P, N>(w[p]);
         LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) pairs[p][h] = load_bits(w[p] + h * lanes * 4);
     }
@@ -3286,10 +3284,8 @@ LLAMA3_INLINE F load_scales(Unpacked<Type>, const std::byte* unit, int block, in
 // Integer dot products of each block, then sums += dots * scales of the weights * scales of the tokens.
 template <int P, int N, class Type>
 LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::byte* const (&w)[P], const std::byte*& x) {
-    constexpr std::size_t half = unit_bytes(Type::format) / 2;
+    constexpr int half = static_cast<int>(unit_bytes(Type::format) / 2);
     for (int block = 0; block < 2; ++block, x += 40 * N) {
-        LLAMA3_UNROLL
-        for (int p = 0; p < P; ++p) fetch_ahead<Type, P, N>(w[p] + half * static_cast<std::size_t>(block), half);
         I dots[P][parts][N];
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
@@ -3297,6 +3293,9 @@ LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::b
         for (int t = 0; t < N; ++t) dots[p][h][t] = begin_sum(type, x + 36 * N + 4 * t);
         LLAMA3_UNROLL
         for (int v = 0; v < 8; ++v) {
+            LLAMA3_UNROLL
+            for (int p = 0; p < P; ++p)
+                if (Type::vectors * v % 16 == 0) fetch_ahead<Type, P, N>(w[p] + half * block + 4 * Type::vectors * v);
             I four[P][parts];
             LLAMA3_UNROLL
             for (int p = 0; p < P; ++p) LLAMA3_UNROLL
@@ -3312,6 +3311,8 @@ LLAMA3_INLINE void multiply_unit(Type type, F (&sums)[P][parts][N], const std::b
                                                          : add_dot(type, dots[p][h][t], four[p][h], loaded);
             }
         }
+        LLAMA3_UNROLL
+        for (int p = 0; p < P; ++p) fetch_ahead<Type, P, N>(w[p] + half * block + 32 * Type::vectors);
         LLAMA3_UNROLL
         for (int p = 0; p < P; ++p) LLAMA3_UNROLL
         for (int h = 0; h < parts; ++h) {

@@ -1,5 +1,6 @@
 // How fast a model runs, as a share of what the machine could do at best: decode is bound by reading the weights, prefill by
-// multiplying. Both limits are measured in the same process, right before and after what is held against them.
+// multiplying. Both limits are measured in the same process, before and after what is held against them, and reading between
+// its parts, too: other work on the machine comes and goes.
 #include <iomanip>
 #include <map>
 #include <numeric>
@@ -73,8 +74,9 @@ struct Bench {
 
     // Threads of all ranks, for what they are held against: none where ranks are processes, which this one does not drive.
     int all_threads(int threads) const { return options.communicator ? 0 : threads * options.ranks; }
-    double read_rate(int threads) const { return options.communicator ? 0 : memory.rate(all_threads(threads)); }
-    double multiply_rate(int threads) const { return options.communicator ? 0 : multiply().rate(all_threads(threads)); }
+    bool has_limits() const { return device == "cpu" && !options.communicator; }
+    double read_rate(int threads) const { return has_limits() ? memory.rate(all_threads(threads)) : 0; }
+    double multiply_rate(int threads) const { return has_limits() ? multiply().rate(all_threads(threads)) : 0; }
     const limits::Multiply& multiply() const {
         if (type == "f32" || (type == "bf16" && !own_bf16)) return machine.f32;
         return type == "bf16" ? machine.bf16 : machine.int8;
@@ -98,7 +100,7 @@ struct Bench {
         const double rate = (before + multiply_rate(result.threads)) / 2;
         const double operations = 2 * (work.layer_macs * prompt + work.output_macs);
         result.prefill_tps.add(prompt / time);
-        if (rate > 0 && device == "cpu") result.prefill_share.add(operations / time * 1e-9 / rate);
+        if (rate > 0) result.prefill_share.add(operations / time * 1e-9 / rate);
     }
 
     void decode(std::vector<llama3::Session>& sessions, Result& result, Samples& reads) const {
@@ -108,32 +110,40 @@ struct Bench {
             if (result.context > 0) session.feed(tokens(result.context, 0));
             pointers.push_back(&session);
         }
-        const double before = read_rate(result.threads);
+        // Seconds of decoding alone; the mean time of a byte that is read, from readings a quarter of a second apart.
+        double time = 0, slowness = 0;
+        int readings = 0;
+        const auto time_reading = [&] {
+            if (const double rate = read_rate(result.threads); rate > 0) reads.add(rate), slowness += 1 / rate, ++readings;
+        };
+        time_reading();
         const llama3::StageTimes stages = sessions[0].stage_times();
-        const double start = limits::seconds();
+        double start = limits::seconds();
         llama3::Sampler greedy({.temperature = 0});
         const bool draws =
             result.batch == 1 && device != "cpu";  // a GPU draws the tokens itself: measured as generate() runs it
         if (draws) {
             if (result.context == 0) sessions[0].feed(tokens(1, 0));
             llama3::generate(sessions[0], {}, greedy, {predict, true, false}, {});
+            time = limits::seconds() - start;
         }
         for (int i = 0; i < predict && !draws; ++i) {
             const std::vector<int> next = tokens(result.batch, i);
             if (result.batch == 1) sessions[0].feed(next);
             else llama3::Session::feed_together(pointers, next);
+            if (limits::seconds() - start < 0.25 && i + 1 < predict) continue;
+            time += limits::seconds() - start;
+            time_reading();
+            start = limits::seconds();
         }
-        const double time = limits::seconds() - start;
         add_stages(result.decode_stages, stages, sessions[0].stage_times());
-        const double after = read_rate(result.threads);
         const double position_bytes =
             static_cast<double>(options.device->cache_bytes(model.config(), options)) / options.context;  // of all ranks
         const double cache_bytes = result.batch * position_bytes * (result.context + predict / 2.0);
         const double gbs = (static_cast<double>(memory.bytes()) + cache_bytes) * predict / time * 1e-9;
-        if (before > 0) reads.add(before), reads.add(after);
         result.decode_tps.add(static_cast<double>(predict) * result.batch / time);
         result.decode_gbs.add(gbs);
-        if (device == "cpu" && before > 0) result.decode_share.add(2 * gbs / (before + after));
+        if (readings > 0) result.decode_share.add(gbs * slowness / readings);
     }
 
     Result measure(const Work& work, int batch, int depth, const std::string& transport, Samples& reads) {
@@ -278,7 +288,9 @@ int main(int argc, char** argv) {
                                             {&f32_limit, &machine.f32},
                                             {&int8_tiles_limit, &machine.int8_tiles},
                                             {&bf16_tiles_limit, &machine.bf16_tiles}})
-                limit->emplace_back(std::to_string(t), of->round == nullptr ? "null" : rounded(of->rate(t)));
+                limit->emplace_back(std::to_string(t), of->round == nullptr
+                                                           ? "null"
+                                                           : rounded(limits::best_of_three([&] { return of->rate(t); })));
         }
 
         if (!as_json) {
