@@ -3202,11 +3202,13 @@ constexpr std::size_t packed_unit = Type::format == Format::f32    ? 4
                                     : Type::format == Format::bf16 ? (own_bf16 ? 4 : 8)
                                                                    : 2 * (block_columns + 8);
 
-// Fetches a line that one of P streams of weights reads soon. On their way are fetched_ahead bytes of all of them, twice as many
-// where several tokens meet them.
+// Fetches a line that one of P streams of weights reads soon; where there is more than one, or more than one token, and so more to
+// do meanwhile, a farther one into the second-level cache, which can wait for more lines than the first. Lines on their way are
+// those of fetched_ahead bytes of all streams, and of four times as many.
 template <class Type, int P, int N>
 LLAMA3_INLINE void fetch_ahead(const std::byte* w) {
-    if constexpr (!is_unpacked<Type>) __builtin_prefetch(w + fetched_ahead * (N > 1 ? 2 : 1) / P);
+    if constexpr (!is_unpacked<Type>) __builtin_prefetch(w + fetched_ahead / P);
+    if constexpr (!is_unpacked<Type> && P * N > 1) __builtin_prefetch(w + 4 * fetched_ahead / P, 0, 2);
 }
 
 // One unit of P panels times N tokens, added to the chains sums[panel][part][token]; x moves on to the next unit.
