@@ -288,9 +288,7 @@ int main(int argc, char** argv) {
                                             {&f32_limit, &machine.f32},
                                             {&int8_tiles_limit, &machine.int8_tiles},
                                             {&bf16_tiles_limit, &machine.bf16_tiles}})
-                limit->emplace_back(std::to_string(t), of->round == nullptr
-                                                           ? "null"
-                                                           : rounded(limits::best_of_three([&] { return of->rate(t); })));
+                limit->emplace_back(std::to_string(t), of->round == nullptr ? "null" : rounded(of->rate(t)));
         }
 
         if (!as_json) {

@@ -49,13 +49,6 @@ inline void settle() {
     }
 }
 
-template <class Measure>
-double best_of_three(const Measure& measure) {
-    double best = 0;
-    for (int i = 0; i < 3; ++i) best = std::max(best, measure());
-    return best;
-}
-
 inline std::atomic<std::uint64_t> sink;  // results go here, so that no compiler drops the work
 
 // Each reads `streams` equal parts of the bytes side by side, 256 bytes of each in turn, fetching them `ahead` bytes early, and
