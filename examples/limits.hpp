@@ -52,8 +52,8 @@ inline void settle() {
 inline std::atomic<std::uint64_t> sink;  // results go here, so that no compiler drops the work
 
 // Each reads `streams` equal parts of the bytes side by side, 256 bytes of each in turn, fetching them `ahead` bytes early, and
-// `far` bytes early into the second-level cache.
-using Reader = std::uint64_t (*)(const std::byte* data, std::size_t bytes, int streams, int ahead, int far);
+// `farther` bytes early into the second-level cache.
+using Reader = std::uint64_t (*)(const std::byte* data, std::size_t bytes, int streams, int ahead, int farther);
 
 inline std::uint64_t read_plain(const std::byte* data, std::size_t bytes, int streams, int, int) {
     const std::size_t part = bytes / static_cast<std::size_t>(streams) / 256 * 256;
@@ -68,7 +68,7 @@ inline std::uint64_t read_plain(const std::byte* data, std::size_t bytes, int st
 
 #ifdef __x86_64__
 __attribute__((target("avx512f"))) inline std::uint64_t read_avx512(const std::byte* data, std::size_t bytes, int streams,
-                                                                    int ahead, int far) {
+                                                                    int ahead, int farther) {
     const std::size_t part = bytes / static_cast<std::size_t>(streams) / 256 * 256;
     __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
     for (std::size_t at = 0; at < part; at += 256)
@@ -76,7 +76,7 @@ __attribute__((target("avx512f"))) inline std::uint64_t read_avx512(const std::b
             const std::byte* p = data + static_cast<std::size_t>(s) * part + at;
             for (int line = 0; line < 256; line += 64) {
                 _mm_prefetch(reinterpret_cast<const char*>(p + ahead + line), _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(p + far + line), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char*>(p + farther + line), _MM_HINT_T1);
             }
             a = _mm512_xor_si512(a, _mm512_load_si512(p));
             b = _mm512_xor_si512(b, _mm512_load_si512(p + 64));
@@ -90,7 +90,7 @@ __attribute__((target("avx512f"))) inline std::uint64_t read_avx512(const std::b
 }
 
 __attribute__((target("avx2"))) inline std::uint64_t read_avx2(const std::byte* data, std::size_t bytes, int streams, int ahead,
-                                                               int far) {
+                                                               int farther) {
     const std::size_t part = bytes / static_cast<std::size_t>(streams) / 256 * 256;
     __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
     for (std::size_t at = 0; at < part; at += 256)
@@ -98,7 +98,7 @@ __attribute__((target("avx2"))) inline std::uint64_t read_avx2(const std::byte* 
             const std::byte* p = data + static_cast<std::size_t>(s) * part + at;
             for (int line = 0; line < 256; line += 64) {
                 _mm_prefetch(reinterpret_cast<const char*>(p + ahead + line), _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(p + far + line), _MM_HINT_T1);
+                _mm_prefetch(reinterpret_cast<const char*>(p + farther + line), _MM_HINT_T1);
             }
             const auto* v = reinterpret_cast<const __m256i*>(p);
             a = _mm256_xor_si256(_mm256_xor_si256(a, _mm256_load_si256(v)), _mm256_load_si256(v + 1));
@@ -206,7 +206,7 @@ struct Machine {
 struct Memory {
     std::vector<std::span<const std::byte>> ranges;
     Reader read;
-    int streams = 1, ahead = 0, far = 0;  // of each thread
+    int streams = 1, ahead = 0, farther = 0;  // of each thread
 
     std::size_t bytes() const {
         std::size_t sum = 0;
@@ -220,7 +220,7 @@ struct Memory {
             for (int pass = 0; pass < passes; ++pass)
                 for (const auto& range : ranges) {
                     const std::size_t part = range.size() / static_cast<std::size_t>(threads) / 64 * 64;
-                    sink = sink ^ read(range.data() + static_cast<std::size_t>(t) * part, part, streams, ahead, far);
+                    sink = sink ^ read(range.data() + static_cast<std::size_t>(t) * part, part, streams, ahead, farther);
                 }
         });
         return static_cast<double>(bytes()) * passes / time * 1e-9;
@@ -231,10 +231,10 @@ struct Memory {
         Memory trial = *this;
         for (int round = 0; round < 3; ++round)
             for (trial.streams = 1; trial.streams <= 4; trial.streams *= 2)
-                for (const auto& [near, second] : {std::pair(0, 0), {1024, 1024}, {2048, 2048}, {1024, 4096}, {2048, 8192}}) {
-                    trial.ahead = near, trial.far = second;
+                for (const auto& [first, second] : {std::pair(0, 0), {1024, 1024}, {2048, 2048}, {1024, 4096}, {2048, 8192}}) {
+                    trial.ahead = first, trial.farther = second;
                     if (const double rate = trial.rate(threads); rate > best)
-                        best = rate, streams = trial.streams, ahead = trial.ahead, far = trial.far;
+                        best = rate, streams = trial.streams, ahead = trial.ahead, farther = trial.farther;
                 }
     }
 };
